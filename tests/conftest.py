@@ -1,0 +1,20 @@
+"""What all tests share: our packages first on the path, a calm environment, and a marker from the folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import gumshoe
+
+GROUPS = ("unit", "engines", "kills", "es", "browser")
+
+os.environ.update(gumshoe.child_env())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        group = item.path.relative_to(Path(__file__).parent).parts[0]
+        item.add_marker(group if group in GROUPS else "unit")
