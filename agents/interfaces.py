@@ -1,0 +1,101 @@
+"""The Protocols between rooms: what one room may ask of another, and nothing about who answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from agents.types import (
+    Action,
+    BackendInfo,
+    Document,
+    Generation,
+    Group,
+    Hit,
+    JudgeReply,
+    JudgeRequest,
+    Query,
+    Sampling,
+    Task,
+    ToolCall,
+    ToolEvent,
+    Verdict,
+)
+
+
+class Backend(Protocol):
+    """A retrieval backend. Ties in score are broken by document id, so results are deterministic."""
+
+    async def search(self, queries: Sequence[Query]) -> list[list[Hit]]: ...
+
+    async def get(self, ids: Sequence[str]) -> list[Document | None]: ...
+
+    def info(self) -> BackendInfo: ...
+
+    async def close(self) -> None: ...
+
+
+class Sandbox(Protocol):
+    """One trajectory's session with the environment. Budgets are enforced here, not by the prompt."""
+
+    async def call(self, call: ToolCall) -> ToolEvent: ...
+
+    async def close(self) -> None: ...
+
+
+class Policy(Protocol):
+    """Samples tokens for token ids. `session` keeps one trajectory on one engine, so its prefix stays cached."""
+
+    async def generate(
+        self, prompt_ids: Sequence[int], *, session: str, sampling: Sampling, stop_token_ids: Sequence[int]
+    ) -> Generation: ...
+
+
+class Speech(Protocol):
+    """How a policy speaks (`agents/protocols`): a pure state machine from tokens to actions and back."""
+
+    name: str
+    stop_token_ids: tuple[int, ...]
+    tokenizer_fingerprint: str
+    template_fingerprint: str
+
+    def prompt(self, task: Task) -> list[int]:
+        """Token ids that open the episode, up to where the policy speaks."""
+        ...
+
+    def parse(self, token_ids: Sequence[int]) -> Action:
+        """What a policy turn does. Never raises: malformed output is an action too."""
+        ...
+
+    def observe(self, events: Sequence[ToolEvent], *, after: Sequence[int]) -> list[int]:
+        """Token ids of the observation, up to where the policy speaks again. `after` is the policy turn it answers."""
+        ...
+
+    def complain(self, error: str, *, after: Sequence[int]) -> list[int]:
+        """Token ids that tell the policy its last turn was malformed."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text for people and judges. Never fed back to the policy."""
+        ...
+
+
+class Judge(Protocol):
+    """Answers typed requests. Errors are values: it never raises for transport or for a bad reply."""
+
+    async def ask(self, request: JudgeRequest) -> JudgeReply: ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """What a reward may use."""
+
+    judge: Judge | None = None
+    retrieval: Backend | None = None
+
+
+class Reward(Protocol):
+    """Scores a group. Returns one verdict per member, in order; infrastructure trouble is a status, never a 0."""
+
+    async def __call__(self, group: Group, services: Services) -> list[Verdict]: ...

@@ -1,0 +1,99 @@
+"""Records as plain values (for JSON lines and msgpack), and back without loss.
+
+Invariants: `from_plain(type(r), to_plain(r)) == r` for every record `r`; nothing is evaluated or unpickled; a field that
+does not fit is named by its path; a schema this version does not know is refused by number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types as pytypes
+import typing
+from collections.abc import Mapping
+from enum import StrEnum
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+
+from agents.types import SCHEMA, Identity, RecordError
+
+R = TypeVar("R")
+
+
+def to_plain(value: Any) -> Any:
+    """A record as JSON-able values: mappings, lists, strings, numbers, None. Arrays become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, StrEnum):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v) for v in value]
+    return value
+
+
+def from_plain(cls: type[R], plain: Any) -> R:
+    """Inverse of `to_plain`. Raises RecordError that names the field which does not fit, or an unknown schema."""
+    return typing.cast(R, _build(cls, plain, cls.__name__))
+
+
+def _build(hint: Any, plain: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return plain
+    if origin in (typing.Union, pytypes.UnionType):
+        inner = [a for a in typing.get_args(hint) if a is not type(None)]
+        return None if plain is None else _build(inner[0], plain, where)
+    if origin is tuple:
+        _expect(isinstance(plain, (list, tuple)), f"{where}: expected a list, got {type(plain).__name__}")
+        args = typing.get_args(hint)
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_build(args[0], v, f"{where}[{i}]") for i, v in enumerate(plain))
+        _expect(len(args) == len(plain), f"{where}: expected {len(args)} entries, got {len(plain)}")
+        return tuple(_build(a, v, where) for a, v in zip(args, plain, strict=True))
+    if origin is not None and issubclass(origin, Mapping):
+        _expect(isinstance(plain, Mapping), f"{where}: expected a mapping, got {type(plain).__name__}")
+        value_hint = typing.get_args(hint)[1]
+        return {k: _build(value_hint, v, f"{where}.{k}") for k, v in plain.items()}
+    if hint is np.ndarray:
+        return np.asarray(plain)
+    if isinstance(hint, type) and issubclass(hint, tuple):
+        _expect(isinstance(plain, (list, tuple)), f"{where}: expected a list, got {type(plain).__name__}")
+        hints = _hints(hint)
+        _expect(len(hints) == len(plain), f"{where}: expected {len(hints)} entries, got {len(plain)}")
+        return hint(*(_build(h, v, where) for h, v in zip(hints.values(), plain, strict=True)))
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        _expect(plain in hint._value2member_map_, f"{where}: {plain!r} is not one of {[str(m) for m in hint]}")
+        return hint(plain)
+    if dataclasses.is_dataclass(hint):
+        _expect(isinstance(plain, Mapping), f"{where}: expected a mapping, got {type(plain).__name__}")
+        schema = plain.get("schema", SCHEMA)
+        if hint is Identity and schema != SCHEMA:
+            raise RecordError(f"{where}: record schema {schema} is not supported; this version reads schema {SCHEMA}")
+        hints = _hints(typing.cast(type, hint))
+        unknown = sorted(set(plain) - set(hints))
+        _expect(not unknown, f"{where}: unknown field(s) {', '.join(unknown)}")
+        try:
+            return typing.cast(type, hint)(**{k: _build(hints[k], v, f"{where}.{k}") for k, v in plain.items()})
+        except TypeError as error:
+            raise RecordError(f"{where}: {error}") from None
+    if hint is float and isinstance(plain, int) and not isinstance(plain, bool):
+        return float(plain)
+    _expect(isinstance(plain, hint), f"{where}: expected {getattr(hint, '__name__', hint)}, got {type(plain).__name__}")
+    return plain
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise RecordError(message)
