@@ -95,6 +95,8 @@ class Buffer:
         self._batch: Batch | None = None
         self._rows: list[dict[str, Any]] = []
         self._closed = False
+        self._incarnation = -1
+        self._held = False
         self._changed = asyncio.Condition()
 
     # -------------------------------------------------------------------------------------------- rollout side
@@ -103,7 +105,7 @@ class Buffer:
         """The next task for `worker`, or None when no episode may start within the time."""
         deadline = time.monotonic() + timeout_s
         async with self._changed:
-            while self._closed or self._ledger.capacity <= 0:
+            while self._closed or self._held or self._ledger.capacity <= 0:
                 left = deadline - time.monotonic()
                 if self._closed or left <= 0 or not await self._wait(left):
                     return None
@@ -146,6 +148,26 @@ class Buffer:
 
     # -------------------------------------------------------------------------------------------- learner side
 
+    async def enter(self, state: dict[str, Any] | None) -> int:
+        """A learner begins, from a checkpoint's `state` or from the start; returns its incarnation.
+
+        A later incarnation takes the ledger back with it: no lease may start before its weights are published, and
+        results of earlier leases are refused.
+        """
+        async with self._changed:
+            self._incarnation += 1
+            if self._incarnation:
+                ledger = state["ledger"] if state else {"version": 0, "trained": 0}
+                self._ledger.rewind(int(ledger["version"]), int(ledger["trained"]))
+                for lease in self._leases.values():
+                    self._lease_again(lease.task)
+                self._leases.clear()
+                self._groups.clear()
+                self._batch = None
+                self._step = self._ledger.version
+                self._held = True
+            return self._incarnation
+
     async def next_batch(self, step: int, world_size: int = 1, timeout_s: float = 5.0) -> Batch | None:
         """The batch for optimiser step `step`, the same for every rank that asks; None when it is not full in time."""
         deadline = time.monotonic() + timeout_s
@@ -172,13 +194,16 @@ class Buffer:
             self._step = step + 1
             stats = self._batch.stats if self._batch is not None else {}
             self._batch = None
-            self._rows.append({"kind": "train", "step": self._step, "time": time.time(), **stats, **row, **self._ledger_row()})
+            self._rows.append(
+                {"kind": "train", "step": self._step, "time": time.time(), **stats, **row, **self._ledger_row()}
+            )
             self._changed.notify_all()
 
     async def published(self, version: int, row: dict[str, Any]) -> None:
         """The samplers hold the weights after `version` optimiser batches: admission goes on from here."""
         async with self._changed:
             self._ledger.publish(version)
+            self._held = False
             self._rows.append({"kind": "publish", "step": version, "time": time.time(), **row})
             self._changed.notify_all()
 
@@ -224,7 +249,11 @@ class Buffer:
     def _drop_stale(self) -> None:
         """A lease leaves only if every member of it is over age; a single over-age member is withheld at shipping."""
         for lease_id in self._ledger.ready_leases():
-            oldest = [min((v.step for v in t.versions), default=self._step) for g in self._groups[lease_id] for t in g.trajectories]
+            oldest = [
+                min((v.step for v in t.versions), default=self._step)
+                for g in self._groups[lease_id]
+                for t in g.trajectories
+            ]
             if all(self._step - step > self._config.max_staleness for step in oldest):
                 self._ledger.drop_ready(lease_id, "stale")
                 del self._groups[lease_id]
@@ -250,7 +279,9 @@ class Buffer:
 
     def _ledger_row(self) -> dict[str, float]:
         counts = self._ledger.counts()
-        row = {f"ledger/{k}": float(getattr(counts, k)) for k in ("admitted", "running", "ready", "in_batch", "trained")}
+        row = {
+            f"ledger/{k}": float(getattr(counts, k)) for k in ("admitted", "running", "ready", "in_batch", "trained")
+        }
         row["ledger/dropped"] = float(sum(counts.dropped.values()))
         return row | {f"dropped/{reason}": float(n) for reason, n in counts.dropped.items()}
 

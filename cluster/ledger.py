@@ -145,6 +145,16 @@ class Ledger:
             raise LedgerError(f"version {version} was published after version {self.version}")
         self.version = version
 
+    def rewind(self, version: int, trained: int) -> None:
+        """The learner went back to a checkpoint: what was under way or trained since then is dropped as `lineage`."""
+        if version > self.version or trained > self.trained:
+            raise LedgerError(f"cannot go back to version {version} with {trained} trained from version {self.version}")
+        self._dropped["lineage"] += self.running + self.ready + self.in_batch + self.trained - trained
+        self._running.clear()
+        self._ready.clear()
+        self._in_batch.clear()
+        self.version, self.trained = version, trained
+
     # -------------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""Held-out evaluation beside training: the same frozen tasks, the same workers and engines, outside the ledger.
+
+Invariants: an attempt that infrastructure lost is excluded and counted, never scored 0; an evaluation during training
+says which weights answered (they may change under way), the ones before and after training run on one version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from agents.recordfile import write_records
+from agents.types import Group, Task
+from cluster.actors import Actors, gather
+from cluster.learner import TrainConfig
+from rewards.metrics.intervals import wilson
+
+
+@dataclass(frozen=True)
+class Success:
+    """Share of attempts whose exact answer is right, with a 95 % interval (Wilson)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def success(groups: Sequence[Group]) -> Success:
+    """Over all attempts that were judged."""
+    outcomes = [v.parts["outcome"] for g in groups for v in g.verdicts if not v.masked]
+    return Success(*wilson(round(sum(outcomes)), len(outcomes)), len(outcomes))
+
+
+def eval_row(groups: Sequence[Group]) -> dict[str, float]:
+    """One line for the run's log: success overall and by difficulty, lost attempts, evidence, tool use, weights used."""
+    whole = success(groups)
+    row: dict[str, float] = {
+        "success/mean": whole.mean, "success/low": whole.low, "success/high": whole.high, "success/n": whole.n,
+    }  # fmt: skip
+    for hops in sorted({g.task.meta["hops"] for g in groups if "hops" in g.task.meta}):
+        row[f"success/hops_{hops}"] = success([g for g in groups if g.task.meta.get("hops") == hops]).mean
+    verdicts = [v for g in groups for v in g.verdicts]
+    row["masked"] = float(sum(v.masked for v in verdicts))
+    for part in sorted({p for v in verdicts for p in v.parts} - {"outcome"}):
+        row[f"parts/{part}"] = float(np.mean([v.parts.get(part, 0.0) for v in verdicts if not v.masked]))
+    members = [t for g in groups for t in g.trajectories]
+    row["episode/sampled_tokens"] = float(np.mean([sum(int(t.mask.sum()) for t in m.turns) for m in members]))
+    for tool, name in (("search", "searches"), ("open", "opens")):
+        row[f"episode/{name}"] = float(np.mean([sum(e.call.name == tool for e in m.events) for m in members]))
+    versions = sorted({v for m in members for v in m.versions})
+    if versions:
+        row["weights/first"], row["weights/last"] = float(versions[0].step), float(versions[-1].step)
+    return row
+
+
+class Evaluation:
+    """Evaluations of one run over one frozen list of tasks."""
+
+    def __init__(self, actors: Actors, tasks: list[Task], train: TrainConfig, folder: Path) -> None:
+        self._actors = actors
+        self._tasks = tasks
+        self._during = train.eval_tasks_during
+        self._every = train.eval_every
+        self._folder = folder
+        self._pending: tuple[int, list[Any], int] | None = None
+        self._last = 0
+
+    def full(self, label: str) -> list[Group]:
+        """All tasks, waited for. The groups are also kept as `eval/LABEL.jsonl`."""
+        groups = gather(self._actors.evaluate(self._tasks, label), len(self._tasks))
+        write_records(self._folder / f"{label}.jsonl", groups)
+        return groups
+
+    def tick(self, step: int) -> tuple[int, dict[str, float]] | None:
+        """Starts an evaluation when its step has come; returns the row of one that is done. Never waits."""
+        if self._pending is not None:
+            begun_at, references, count = self._pending
+            done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+            if len(done) < len(references):
+                return None
+            self._pending = None
+            return begun_at, eval_row(gather(references, count))
+        if self._every and step >= self._last + self._every:
+            self._last = step - step % self._every
+            tasks = self._tasks[: self._during]
+            self._pending = (step, self._actors.evaluate(tasks, f"step-{step}"), len(tasks))
+        return None

@@ -1,0 +1,298 @@
+"""The sampler fleet: one vLLM engine per sampler actor, supervised by one fleet actor that owns the membership.
+
+Invariants:
+- A session stays on one engine as long as that engine lives, so its prefix stays cached there.
+- An engine is routed to only while it holds the weights that were published last. One that fails to update, dies or
+  stays silent is fenced (no routes), killed and started again; it gets the current weights before it is routed to.
+- A publish never waits for a dead engine longer than its phase deadlines, and the others go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ray
+
+from agents.types import Generation, Sampling, Span, Version
+from cluster.vllm.engine import EngineConfig, PolicyEngine
+from cluster.vllm.preflight import EngineError
+from cluster.vllm.transfer import Deadlines, Manifest, ShmTransport, publish
+
+
+class Sampler:
+    """Hosts one engine. An actor of this class is what a rollout worker samples from."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._engine = PolicyEngine(config)
+
+    async def start(self) -> list[int]:
+        """Brings the engine up; returns the pids of this actor and of the engine's processes."""
+        await self._engine.start()
+        return [os.getpid(), *self._engine.pids]
+
+    async def generate(
+        self, prompt_ids: Sequence[int], request_id: str, sampling: Sampling, stop_token_ids: Sequence[int]
+    ) -> Generation:
+        """One policy turn. Raises EngineError."""
+        began = time.perf_counter()
+        made = await self._engine.generate(
+            prompt_ids, request_id=request_id, max_tokens=sampling.max_tokens, temperature=sampling.temperature,
+            stop_token_ids=stop_token_ids, seed=sampling.seed,
+        )  # fmt: skip
+        spans = tuple(Span(start, end, Version.parse(label)) for start, end, label in made.version_spans)
+        latency_s = time.perf_counter() - began
+        return Generation(made.token_ids, made.logprobs, spans, made.finish_reason, made.num_cached_tokens, latency_s)
+
+    async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        """Log-probability of each token but the first, at temperature 1."""
+        return await self._engine.score(token_ids, request_id=f"score-{time.monotonic_ns()}")
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of the engine, and the label of its weights."""
+        return {**asdict(await self._engine.stats()), "version": self._engine.version, "dead": self._engine.dead}
+
+    async def checksums(self) -> dict[str, Any]:
+        return asdict(await self._engine.checksums())
+
+    async def call(self, method: str, *args: Any) -> None:
+        """The publishing methods of `transfer.EngineClient`."""
+        await getattr(self._engine, method)(*args)
+
+    async def shutdown(self) -> None:
+        await self._engine.shutdown()
+
+
+class _Client:
+    """`transfer.EngineClient` around a sampler actor's handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def __getattr__(self, method: str) -> Any:
+        async def forward(*args: Any) -> None:
+            await self._handle.call.remote(method, *args)
+
+        return forward
+
+
+@dataclass
+class FleetConfig:
+    """How many engines, and how they are watched."""
+
+    num_engines: int = 1
+    """Sampler actors."""
+    num_cpus: float = 0.5
+    """Ray CPUs an engine asks for (placement only; its threads are set by `engine.threads`)."""
+    num_gpus: float = 0.0
+    """Ray GPUs an engine asks for."""
+    max_restarts: int = 20
+    """Restarts of all engines together before the run stops."""
+    health_every_s: float = 2.0
+    """Seconds between health checks."""
+    health_timeout_s: float = 60.0
+    """How long an engine may stay silent before it counts as dead."""
+    publish_deadline_s: float = 120.0
+    """Deadline of each phase of a publish that moves weights."""
+
+
+@dataclass
+class _Engine:
+    name: str
+    handle: Any
+    pids: list[int] = field(default_factory=list)
+    live: bool = False
+    """Holds the weights that were published last, and may be routed to."""
+    sessions: int = 0
+
+
+class Fleet:
+    """Owns the sampler actors. Create, `await start()`, then `route`, `publish`, `report`."""
+
+    def __init__(self, config: FleetConfig, engine: EngineConfig) -> None:
+        self._config = config
+        self._engine_config = engine
+        self._engines: dict[str, _Engine] = {}
+        self._routes: dict[str, str] = {}
+        self._manifest: Manifest | None = None
+        self._version = engine.version
+        self._names = itertools.count()
+        self._restarts = 0
+        self._events: list[str] = []
+        self._fatal = ""
+        self._membership = asyncio.Lock()
+        self._watch: asyncio.Task[None] | None = None
+        self._jobs: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> dict[str, list[int]]:
+        """Starts all engines; returns their pids by name. Raises EngineError of the first that cannot start."""
+        fresh = [self._create() for _ in range(self._config.num_engines)]
+        for engine in fresh:  # one after another: start-up is bound by the processor
+            engine.pids = await engine.handle.start.remote()
+            engine.live = True
+        self._watch = asyncio.create_task(self._watch_health())
+        return {e.name: e.pids for e in fresh}
+
+    async def route(self, session: str, timeout_s: float = 120.0) -> tuple[str, Any]:
+        """(name, handle) of the engine that serves `session`. Raises EngineError when none comes up in time."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            known = self._engines.get(self._routes.get(session, ""))
+            if known is not None and known.live:
+                return known.name, known.handle
+            live = [e for e in self._engines.values() if e.live]
+            if live:
+                chosen = min(live, key=lambda e: (e.sessions, e.name))
+                chosen.sessions += 1
+                self._routes[session] = chosen.name
+                return chosen.name, chosen.handle
+            if self._fatal or time.monotonic() > deadline:
+                raise EngineError("dead", self._fatal or f"no sampler engine came up within {timeout_s:g} s")
+            await asyncio.sleep(0.05)
+
+    async def release(self, session: str) -> None:
+        """The session is over."""
+        engine = self._engines.get(self._routes.pop(session, ""))
+        if engine is not None:
+            engine.sessions -= 1
+
+    async def report(self, name: str, reason: str) -> None:
+        """Somebody saw engine `name` fail: it is fenced and started again."""
+        engine = self._engines.get(name)
+        if engine is not None:
+            self._fence(engine, reason)
+
+    async def publish(self, manifest: dict[str, Any], version: str) -> dict[str, Any]:
+        """Brings weights into all live engines; a failing one is fenced. Returns timings and who failed."""
+        async with self._membership:
+            self._manifest, self._version = Manifest.from_dict(manifest), version
+            targets = {e.name: e for e in self._engines.values() if e.live}
+            report = await publish(
+                {name: _Client(e.handle) for name, e in targets.items()},
+                ShmTransport(self._manifest), version, self._deadlines(),
+            )  # fmt: skip
+            for name, result in report.results.items():
+                if not result.ok:
+                    self._fence(targets[name], f"publish {version} failed in {result.failed_phase}: {result.reason}")
+        return {
+            "publish/seconds": report.seconds, "publish/pause_ms": report.pause_ms, "publish/engines": float(len(targets)),
+            "publish/failed": float(len(report.failed)), "publish/bytes": float(self._manifest.nbytes),
+        }  # fmt: skip
+
+    async def verify(self) -> dict[str, Any]:
+        """Compares what every live engine received with what was published last. Raises EngineError on a difference."""
+        sums = {}
+        for engine in [e for e in self._engines.values() if e.live]:
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                sums[engine.name] = await engine.handle.checksums.remote()
+        expected = self._manifest.checksum if self._manifest else None
+        wrong = {
+            name: s["received"] for name, s in sums.items() if s["received"] != expected and self._engines[name].live
+        }
+        if wrong:
+            raise EngineError("weights", f"engines hold other weights than were published ({expected}): {wrong}")
+        return sums
+
+    async def members(self) -> dict[str, dict[str, Any]]:
+        """What the fleet knows of each engine."""
+        return {e.name: {"live": e.live, "pids": e.pids, "sessions": e.sessions} for e in self._engines.values()}
+
+    async def stats(self) -> dict[str, float]:
+        """Counters over all live engines."""
+        total: dict[str, float] = {"engines": 0.0, "restarts": float(self._restarts)}
+        for engine in [e for e in self._engines.values() if e.live]:
+            with contextlib.suppress(Exception):
+                found = await asyncio.wait_for(asyncio.wrap_future(engine.handle.stats.remote().future()), 10.0)
+                total["engines"] += 1
+                for key in ("in_flight", "prompt_tokens", "cached_tokens", "sampled_tokens"):
+                    total[key] = total.get(key, 0.0) + float(found[key])
+        return total
+
+    async def events(self) -> list[str]:
+        """Lines for the run's log since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    async def shutdown(self) -> None:
+        """Ends every engine and its processes."""
+        if self._watch is not None:
+            self._watch.cancel()
+        for job in self._jobs:
+            job.cancel()
+        for engine in self._engines.values():
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(asyncio.wrap_future(engine.handle.shutdown.remote().future()), 10.0)
+            ray.kill(engine.handle)
+        self._engines.clear()
+
+    # ------------------------------------------------------------------------------------------------- inside
+
+    def _create(self) -> _Engine:
+        name = f"sampler-{next(self._names)}"
+        options = {"num_cpus": self._config.num_cpus, "num_gpus": self._config.num_gpus, "max_concurrency": 2048}
+        engine = _Engine(name, ray.remote(Sampler).options(**options).remote(self._engine_config))
+        self._engines[name] = engine
+        return engine
+
+    def _fence(self, engine: _Engine, reason: str) -> None:
+        if self._engines.pop(engine.name, None) is None:
+            return
+        engine.live = False
+        self._events.append(f"{engine.name} was fenced: {reason}")
+        with contextlib.suppress(Exception):
+            ray.kill(engine.handle)
+        self._restarts += 1
+        if self._restarts > self._config.max_restarts:
+            self._fatal = f"sampler engines failed {self._restarts} times, last: {reason}"
+            return
+        job = asyncio.create_task(self._replace())
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+
+    async def _replace(self) -> None:
+        """A new engine from the checkpoint, then the current weights, then routes."""
+        engine = self._create()
+        try:
+            engine.pids = await engine.handle.start.remote()
+            async with self._membership:  # no publish may slip in between these weights and the first route
+                if self._manifest is not None:
+                    report = await publish(
+                        {engine.name: _Client(engine.handle)},
+                        ShmTransport(self._manifest),
+                        self._version,
+                        self._deadlines(),
+                    )
+                    if not report.ok:
+                        raise EngineError("weights", report.results[engine.name].reason)
+                engine.live = True
+            self._events.append(f"{engine.name} took its place with weights {self._version}")
+        except Exception as error:
+            self._fence(engine, f"could not take its place: {_line(error)}")
+
+    async def _watch_health(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.health_every_s)
+            for engine in [e for e in self._engines.values() if e.live]:
+                try:
+                    async with asyncio.timeout(self._config.health_timeout_s):
+                        stats = await engine.handle.stats.remote()
+                    if stats["dead"]:
+                        self._fence(engine, "its engine process is gone")
+                except Exception as error:
+                    self._fence(engine, _line(error) or f"no answer within {self._config.health_timeout_s:g} s")
+
+    def _deadlines(self) -> Deadlines:
+        limit = self._config.publish_deadline_s
+        return Deadlines(init_s=limit, stage_s=limit, update_s=limit, finish_s=limit)
+
+
+def _line(error: BaseException) -> str:
+    """The last line of an error: Ray's errors carry whole tracebacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

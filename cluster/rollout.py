@@ -1,0 +1,246 @@
+"""Rollout workers: they lease tasks, play episodes against sampler and sandbox, have them scored, and deliver groups.
+
+Invariants:
+- A worker holds no state that matters: if it dies, its leases are leased again.
+- A dead or fenced sampler costs a retry on another engine, never the episode: the token ids so far are the state.
+- Infrastructure trouble ends a lease with a reason; it never becomes a reward.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from agents.interfaces import Speech
+from agents.sampling.config import SamplingConfig
+from agents.sampling.full import collect, session_of
+from agents.types import (
+    BackendInfo,
+    Document,
+    Ending,
+    Episode,
+    Generation,
+    Group,
+    Hit,
+    Identity,
+    Member,
+    Query,
+    Role,
+    Sampling,
+    StopReason,
+    Task,
+    Turn,
+    Uid,
+    Verdict,
+)
+from cluster.buffer import Lease
+from envs.config import SandboxConfig
+from envs.sandbox import Session
+
+
+@dataclass
+class RolloutConfig:
+    """How episodes are played."""
+
+    workers: int = 1
+    """Rollout worker actors."""
+    groups_in_flight: int = 16
+    """Most leases one worker works on at a time."""
+    generate_retries: int = 3
+    """How often a policy turn is asked again after its engine failed."""
+    generate_timeout_s: float = 600.0
+    """Deadline of one policy turn."""
+    score_timeout_s: float = 600.0
+    """Deadline of scoring one group."""
+
+
+class PolicyFailed(RuntimeError):
+    """No engine gave a policy turn, after all retries."""
+
+
+class RemotePolicy:
+    """`interfaces.Policy` over the sampler fleet."""
+
+    def __init__(self, fleet: Any, config: RolloutConfig) -> None:
+        self._fleet = fleet
+        self._config = config
+        self._routes: dict[str, tuple[str, Any]] = {}
+        self._serial = 0
+
+    async def generate(
+        self, prompt_ids: Sequence[int], *, session: str, sampling: Sampling, stop_token_ids: Sequence[int]
+    ) -> Generation:
+        """One policy turn, on the session's engine or, if that failed, on the next."""
+        error: Exception | None = None
+        for _ in range(self._config.generate_retries + 1):
+            if session not in self._routes:
+                self._routes[session] = await self._fleet.route.remote(session)
+            name, handle = self._routes[session]
+            self._serial += 1
+            request = f"{session}#{os.getpid()}-{self._serial}"
+            try:
+                async with asyncio.timeout(self._config.generate_timeout_s):
+                    return await handle.generate.remote(list(prompt_ids), request, sampling, list(stop_token_ids))
+            except (ray.exceptions.RayError, TimeoutError) as failure:
+                error = failure
+                self._routes.pop(session, None)
+                await self._fleet.report.remote(name, _line(failure))
+        raise PolicyFailed(f"the policy turn failed on {self._config.generate_retries + 1} engines: {_line(error)}")
+
+    async def release(self, session: str) -> None:
+        if self._routes.pop(session, None) is not None:
+            await self._fleet.release.remote(session)
+
+
+class RemoteBackend:
+    """`interfaces.Backend` over the retrieval actor."""
+
+    def __init__(self, handle: Any, info: BackendInfo) -> None:
+        self._handle = handle
+        self._info = info
+
+    async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
+        return await self._handle.search.remote(list(queries))
+
+    async def get(self, ids: Sequence[str]) -> list[Document | None]:
+        return await self._handle.get.remote(list(ids))
+
+    def info(self) -> BackendInfo:
+        return self._info
+
+    async def close(self) -> None:
+        """The actor outlives its clients."""
+
+
+@dataclass(frozen=True)
+class Play:
+    """Everything a worker needs to play an episode, in one value that crosses processes."""
+
+    run_id: str
+    speech: Any
+    """() -> Speech: built once per worker, since tokenizers do not travel well."""
+    sampling: SamplingConfig
+    sandbox: SandboxConfig
+    rollout: RolloutConfig
+
+
+class RolloutWorker:
+    """Plays leases until it is told to stop."""
+
+    def __init__(self, name: str, play: Play, fleet: Any, retrieval: Any, info: BackendInfo, reward: Any) -> None:
+        self._name = name
+        self._play = play
+        self._speech: Speech = play.speech()
+        self._policy = RemotePolicy(fleet, play.rollout)
+        self._backend = RemoteBackend(retrieval, info)
+        self._reward = reward
+        self._buffer: Any = None
+        self._stop = False
+        self._now: dict[str, str] = {}
+
+    async def ready(self) -> int:
+        """Its pid, once it can work."""
+        return os.getpid()
+
+    async def run(self, buffer: Any) -> None:
+        """Leases from `buffer` and plays until `stop`. One coroutine per lease, at most `groups_in_flight` of them."""
+        self._buffer = buffer
+        room = asyncio.Semaphore(self._play.rollout.groups_in_flight)
+        jobs: set[asyncio.Task[None]] = set()
+        while not self._stop:
+            await room.acquire()
+            lease = await self._buffer.lease.remote(self._name, 2.0)
+            if lease is None:
+                room.release()
+                continue
+            job = asyncio.create_task(self._serve(lease, room))
+            jobs.add(job)
+            job.add_done_callback(jobs.discard)
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+
+    async def stop(self) -> None:
+        self._stop = True
+
+    async def evaluate(self, tasks: Sequence[Task], attempts: int, temperature: float, group: str) -> list[Group]:
+        """Plays tasks outside the ledger, scored like training. Order of `tasks` is kept."""
+        room = asyncio.Semaphore(self._play.rollout.groups_in_flight * 4)
+
+        async def one(task: Task) -> Group:
+            async with room:
+                return await self._group(task, group, attempts, temperature)
+
+        return list(await asyncio.gather(*(one(task) for task in tasks)))
+
+    async def waiting_for(self) -> dict[str, str]:
+        """What each lease is waiting for now, for the watchdog."""
+        return dict(self._now)
+
+    # ------------------------------------------------------------------------------------------------- inside
+
+    async def _serve(self, lease: Lease, room: asyncio.Semaphore) -> None:
+        try:
+            group = await self._group(lease.task, lease.id, lease.episodes, None)
+            await self._buffer.put.remote(lease.id, [group])
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            await self._buffer.event.remote(f"lease {lease.id} failed: {_line(error)}")
+            await self._buffer.fail.remote(lease.id, "rollout_failed")
+        finally:
+            self._now.pop(lease.id, None)
+            room.release()
+
+    async def _group(self, task: Task, group_id: str, episodes: int, temperature: float | None) -> Group:
+        began = time.perf_counter()
+        self._now[group_id] = "episodes"
+        played = await asyncio.gather(*(self._episode(task, group_id, i, temperature) for i in range(episodes)))
+        members = tuple(Member(t) for episode in played for t in episode.trajectories())
+        seconds = {
+            k: sum(e.seconds.get(k, 0.0) for e in played) for k in sorted({k for e in played for k in e.seconds})
+        }
+        group = Group(group_id, task, members, {**seconds, "rollout": time.perf_counter() - began})
+        self._now[group_id] = "reward"
+        began = time.perf_counter()
+        verdicts = await self._score(group)
+        return replace(group.with_verdicts(verdicts), seconds={**group.seconds, "judge": time.perf_counter() - began})
+
+    async def _episode(self, task: Task, group_id: str, attempt: int, temperature: float | None) -> Episode:
+        play, speech = self._play, self._speech
+        warmth = play.sampling.temperature if temperature is None else temperature
+        identity = Identity(
+            play.run_id,
+            Uid(task.id, group_id, attempt),
+            speech.name,
+            speech.tokenizer_fingerprint,
+            speech.template_fingerprint,
+            Sampling(temperature=warmth, max_tokens=play.sampling.max_turn_tokens),
+        )
+        sandbox = Session(self._backend, play.sandbox)
+        try:
+            return await collect(task, identity, self._policy, sandbox, speech, play.sampling)
+        except PolicyFailed as error:
+            opening = Turn.given(0, -1, Role.prompt, speech.prompt(task))
+            return Episode(identity, (opening,), (Ending(0, StopReason.env_failed, str(error)),))
+        finally:
+            await sandbox.close()
+            await self._policy.release(session_of(identity))
+
+    async def _score(self, group: Group) -> list[Verdict]:
+        try:
+            async with asyncio.timeout(self._play.rollout.score_timeout_s):
+                return await self._reward.score.remote(group)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            return [Verdict.unavailable("reward", f"reward_actor:{type(error).__name__}")] * len(group.members)
+
+
+def _line(error: BaseException | None) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,73 @@
+"""`gumshoe warmup`: expert and flawed traces of synthetic worlds, put into the policy's words, taught to the tiny policy.
+
+It joins three rooms that do not know each other: scripts (`envs.world`), the protocol that turns them into tokens, and supervised
+training (`agents.learning.warmup`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from agents.learning.warmup import Trace, WarmupConfig, encode_trace, warmup
+from agents.protocols.tools import Tools, ToolsConfig
+from cluster.speech import load_tokenizer
+from envs.world.policy import write_base
+from envs.world.traces import ScriptConfig, role_table, scripts
+
+
+@dataclass
+class WarmupRun:
+    """What `configs/warmup.yaml` holds."""
+
+    out: str = "runs/warmup"
+    """Folder for the finished checkpoint; an earlier one there is replaced."""
+    protocol: ToolsConfig = field(default_factory=lambda: ToolsConfig(format_request="", show_tools=False))
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    """Training. An empty `base` means the tiny policy's own tokenizer and shape, with random weights."""
+    scripts: dict[str, ScriptConfig] = field(default_factory=dict)
+    """Stage name -> the scripts it learns from."""
+    checks: ScriptConfig = field(default_factory=ScriptConfig)
+    """Held-out scripts for measurements."""
+
+
+def run_warmup(run: WarmupRun, progress: Callable[[Mapping[str, Any]], None] = lambda row: None) -> dict[str, Any]:
+    """Train as the config says and write the checkpoint to `run.out`. Raises ValueError for an unusable config."""
+    missing = [stage.name for stage in run.warmup.stages if stage.name not in run.scripts]
+    if missing:
+        raise ValueError(f"stage {missing[0]!r} has no scripts; add scripts.{missing[0]} to the config")
+    with tempfile.TemporaryDirectory() as scratch:
+        base = run.warmup.base or str(write_base(Path(scratch) / "base"))
+        tokenizer = load_tokenizer(base)
+        speech = Tools(tokenizer, run.protocol)
+
+        def traces(name: str) -> Iterator[Trace]:
+            place = list(run.scripts).index(name)
+            return _encoded(run.scripts[name], 1000 * run.warmup.seed + place, speech, tokenizer)
+
+        checks = list(
+            islice(_encoded(run.checks, 1000 * run.warmup.seed + 999, speech, tokenizer), run.warmup.num_checks)
+        )
+        return warmup(
+            replace(run.warmup, base=base),
+            traces,
+            checks,
+            run.out,
+            roles=role_table(tokenizer.get_vocab()),
+            progress=progress,
+        )
+
+
+def _encoded(config: ScriptConfig, seed: int, speech: Tools, tokenizer: Any) -> Iterator[Trace]:
+    for script in scripts(config, seed):
+        yield encode_trace(
+            speech,
+            lambda text: tokenizer.encode(text, add_special_tokens=False),
+            script.task,
+            script.steps,
+            script.kind,
+        )

@@ -1,0 +1,92 @@
+"""Real runs of the command line for tests: started as a user starts them, watched by their metrics, always ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextlib.contextmanager
+def gumshoe(*arguments: str, log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """`gumshoe ARGUMENTS` in a process group of its own, which is ended with the block."""
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "gumshoe.py"), *arguments], stdout=out, stderr=subprocess.STDOUT,
+            start_new_session=True, env={**os.environ, **(env or {})},
+        )  # fmt: skip
+        try:
+            yield process
+        finally:
+            for sign in (signal.SIGINT, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, sign)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
+                    break
+
+
+def rows(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:
+    """What the run has logged so far, a torn last line left out."""
+    path = run_dir / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [r for r in found if not kind or r["kind"] == kind]
+
+
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> Any:
+    """The first true value of `what`. Fails with the run's output when it ends or the time is up before."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        value = what()
+        if value:
+            return value
+        if process.poll() is not None:
+            value = what()
+            assert value, f"the run ended with {process.returncode}:\n{log.read_text()[-3000:]}"
+            return value
+        time.sleep(0.2)
+    raise AssertionError(f"nothing within {timeout_s} s:\n{log.read_text()[-3000:]}")
+
+
+def finished(process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> str:
+    """The output of a run that ended well."""
+    try:
+        code = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"still running after {timeout_s} s:\n{log.read_text()[-3000:]}") from None
+    text = log.read_text()
+    assert code == 0, f"exit code {code}:\n{text[-3000:]}"
+    return text
+
+
+def balanced(row: dict[str, Any]) -> bool:
+    """Whether the ledger of a train row balances."""
+    return row["ledger/admitted"] == sum(row[f"ledger/{k}"] for k in ("running", "ready", "in_batch", "trained", "dropped"))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of that id runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+SMALL = (
+    "ray.object_store_mb=128", "train.eval_every=0", "train.eval_tasks=8", "train.checkpoint_every=0", "buffer.groups_per_batch=2",
+    "buffer.group_size=4", "world.synthetic.train.num_entities=80", "world.synthetic.train.num_tasks=60",
+    "world.synthetic.held_out.num_entities=60", "world.synthetic.held_out.num_tasks=20", "engine.max_num_seqs=32",
+)  # fmt: skip
+"""Overrides that make the demo a run of seconds."""
