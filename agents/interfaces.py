@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from agents.types import (
     Action,
@@ -78,6 +78,21 @@ class Speech(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text for people and judges. Never fed back to the policy."""
+        ...
+
+
+@runtime_checkable
+class EndsOnText(Protocol):
+    """What a Speech has besides when its turns end on text rather than on a stop token; without it all tokens are kept.
+
+    A Policy that can stop an engine on text has `takes_stop_strings = True` and a keyword `stop_strings` of `generate`; it
+    saves the tokens that `truncate` would drop, and changes nothing else.
+    """
+
+    stop_strings: tuple[str, ...]
+
+    def truncate(self, token_ids: Sequence[int]) -> int:
+        """How many of the sampled tokens to keep."""
         ...
 
 

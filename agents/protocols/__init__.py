@@ -1,0 +1,14 @@
+"""How a policy speaks: protocols by name. Each is `Speech` over a tokenizer (`agents.interfaces`), made as `PROTOCOLS[name](tokenizer, config)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from agents.interfaces import Speech
+from agents.protocols.tags import TagsConfig, make_tags
+from agents.protocols.tools import Tools, ToolsConfig
+
+PROTOCOLS: dict[str, Callable[[Any, Any], Speech]] = {"tools": Tools, "tags": make_tags}
+
+__all__ = ["PROTOCOLS", "TagsConfig", "Tools", "ToolsConfig", "make_tags"]

@@ -1,0 +1,316 @@
+"""One trajectory's session with a corpus: search, open, find.
+
+Invariants:
+- Budgets are enforced here. Over budget, as for any mistake, the agent reads `Error: <sentence>` and nothing is raised.
+- State belongs to one session: results of the last search, and the last page, on which `find` runs. A failed `open`
+  leaves the last page as it was.
+- `ToolEvent.seen` holds exactly the text the agent was shown of each document; evidence is gathered from it alone.
+- Trouble of the backend is retried, then reported as error `backend`, which masks the rollout; it is not charged.
+- The guard judges every document after the shared caches, since what may be shown differs from trajectory to trajectory.
+
+Calls of one session run one after another; sessions are independent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from agents.interfaces import Backend
+from agents.types import Document, Hit, Query, Seen, SeenKind, ToolCall, ToolEvent
+from envs.config import SandboxConfig
+from envs.journal import Journal
+from envs.passages import lead, matches, one_line, pages, window
+from retrieval.errors import BadQuery
+
+T = TypeVar("T")
+_BUDGETS = {"search": ("max_searches", "searches"), "open": ("max_opens", "opens"), "find": ("max_finds", "finds")}
+_ARGUMENTS = {"search": {"query", "k"}, "open": {"doc_id", "page"}, "find": {"pattern"}}
+
+
+class Guard(Protocol):
+    """Decides per trajectory what may be shown. Leak guards and masks implement it."""
+
+    def review(self, document: Document) -> Document | None:
+        """The document as this trajectory may see it; None hides it."""
+        ...
+
+    def opened(self, doc_id: str) -> None:
+        """Called after a document was shown by `open`."""
+        ...
+
+
+class _Refusal(Exception):
+    """A call that cannot be served: error code, and the sentence the agent reads."""
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code, self.sentence = code, sentence
+
+
+class Session:
+    """Implements `agents.interfaces.Sandbox` over a retrieval backend."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        config: SandboxConfig | None = None,
+        *,
+        guard: Guard | None = None,
+        count_tokens: Callable[[str], int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config or SandboxConfig()
+        self.journal = Journal()
+        self._backend = backend
+        self._guard = guard
+        self._count = count_tokens or (lambda text: (len(text) + 3) // 4)
+        self._clock = clock
+        self._started = clock()
+        self._used: Counter[str] = Counter()
+        self._results: list[str] = []
+        self._documents: dict[str, Document] = {}
+        self._page: Document | None = None
+        self._cached = True
+        self._attempts = 0
+        self._closed = False
+
+    async def call(self, call: ToolCall) -> ToolEvent:
+        """Runs a call. Never raises for what the agent or the backend does; RuntimeError once closed."""
+        if self._closed:
+            raise RuntimeError("the sandbox session is closed")
+        started = self._clock()
+        self._cached, self._attempts = True, 0
+        text, error = "", ""
+        seen: tuple[Seen, ...] = ()
+        before = self._page, self._results
+        try:
+            self._check_limits()
+            self._used["calls"] += 1
+            run = self._checked(call)
+            text, seen = await run()
+            tokens = self._count(text)
+            left = self.config.max_observation_tokens - self._used["tokens"]
+            if self.config.max_observation_tokens and tokens > left:
+                raise _Refusal(
+                    "budget", f"this result has {tokens} tokens, but only {max(0, left)} may still be read; answer with what you have."
+                )  # fmt: skip
+            self._used["tokens"] += tokens
+        except _Refusal as refusal:
+            text, seen, error = f"Error: {refusal.sentence}", (), refusal.code
+            self._page, self._results = before
+        if call.name == "open" and not error and self._guard is not None:
+            self._guard.opened(seen[0].doc_id)
+        event = ToolEvent(call, text, seen, error, self._clock() - started)
+        self.journal.add(
+            event,
+            cached=self._cached and not error,
+            fingerprint=self._backend.info().fingerprint,
+            attempts=max(1, self._attempts),
+        )
+        return event
+
+    async def close(self) -> None:
+        """Ends the session. The backend is shared and stays open."""
+        self._closed = True
+
+    def usage(self) -> dict[str, int]:
+        """What was charged so far: calls, search, open, find, tokens."""
+        return {name: self._used[name] for name in ("calls", "search", "open", "find", "tokens")}
+
+    # ---------------------------------------------------------------------------------------- limits, arguments
+
+    def _check_limits(self) -> None:
+        c = self.config
+        if c.max_calls and self._used["calls"] >= c.max_calls:
+            raise _Refusal("budget", f"all {c.max_calls} tool calls are used up; answer with what you have.")
+        if c.wall_time_s and self._clock() - self._started >= c.wall_time_s:
+            raise _Refusal("budget", f"the time of {c.wall_time_s:g} seconds is used up; answer with what you have.")
+        if c.max_observation_tokens and self._used["tokens"] >= c.max_observation_tokens:
+            raise _Refusal(
+                "budget", f"all {c.max_observation_tokens} tokens of reading are used up; answer with what you have."
+            )
+
+    def _checked(self, call: ToolCall) -> Callable[[], Awaitable[tuple[str, tuple[Seen, ...]]]]:
+        """Validates name and arguments, then the tool's own budget: a mistake is explained even when the budget is spent."""
+        name, arguments = call.name, call.arguments
+        if name not in _ARGUMENTS:
+            raise _bad(f"there is no tool {name!r}; use search, open or find.")
+        if not isinstance(arguments, Mapping):
+            raise _bad(f"the arguments of {name} must be an object.")
+        unknown = sorted(str(a) for a in arguments if a not in _ARGUMENTS[name])
+        if unknown:
+            known = ", ".join(sorted(_ARGUMENTS[name]))
+            raise _bad(f"{name} has no argument {unknown[0]!r}; it takes {known}.")
+        run: Callable[[], Awaitable[tuple[str, tuple[Seen, ...]]]]
+        if name == "search":
+            query = self._string(arguments, "search", "query").strip()
+            k = min(_integer(arguments, "search", "k", self.config.default_k), self.config.max_k)
+            run = lambda: self._search(query, k)  # noqa: E731
+        elif name == "open":
+            if "doc_id" not in arguments:
+                raise _bad("open needs the argument 'doc_id'.")
+            doc_id = arguments["doc_id"]
+            if isinstance(doc_id, bool) or not isinstance(doc_id, (str, int)) or not str(doc_id).strip():
+                raise _bad("'doc_id' of open must be a document id, as search shows after 'URL Source:'.")
+            page = _integer(arguments, "open", "page", 1)
+            run = lambda: self._open(doc_id, page)  # noqa: E731
+        else:
+            pattern = self._string(arguments, "find", "pattern")
+            run = lambda: self._find(pattern)  # noqa: E731
+        field, noun = _BUDGETS[name]
+        limit = getattr(self.config, field)
+        if limit and self._used[name] >= limit:
+            raise _Refusal("budget", f"all {limit} {noun} are used up; answer with what you have or use another tool.")
+        return run
+
+    def _string(self, arguments: Mapping[str, Any], tool: str, name: str) -> str:
+        value = arguments.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise _bad(f"{tool} needs the argument {name!r}, a text that is not empty.")
+        if len(value) > self.config.max_query_chars:
+            raise _bad(f"{name!r} has {len(value)} characters; at most {self.config.max_query_chars} are allowed.")
+        return value
+
+    # -------------------------------------------------------------------------------------------------- tools
+
+    async def _search(self, query: str, k: int) -> tuple[str, tuple[Seen, ...]]:
+        hits: list[Hit] = (await self._ask(lambda: self._backend.search([Query(query, k)])))[0]
+        documents = await self._fetch([h.doc_id for h in hits])
+        self._used["search"] += 1
+        blocks: list[str] = []
+        seen: list[Seen] = []
+        for document in documents:
+            if document is None:
+                continue
+            shown = self._review(document)
+            if shown is None:
+                continue
+            c, i, title = self.config, len(blocks), one_line(shown.title)
+            snippet = (
+                window(shown.text, query, c.snippet_chars) if c.snippet_mode == "window" else lead(shown.text, c.snippet_chars)
+            )  # fmt: skip
+            head = f"[{i}] Title: {title}\n[{i}] URL Source: {shown.id}\n[{i}] Description: "
+            room = c.max_observation_chars - sum(len(b) + 2 for b in blocks) - len(head)
+            if len(snippet) > room:
+                if blocks or room < 1:
+                    break
+                snippet = lead(snippet, room)
+            blocks.append(head + snippet)
+            seen.append(Seen(shown.id, snippet, SeenKind.snippet, shown.title, _date(shown)))
+        self._results = [s.doc_id for s in seen]
+        return "\n\n".join(blocks) or "No results found.", tuple(seen)
+
+    async def _open(self, wanted: str | int, page: int) -> tuple[str, tuple[Seen, ...]]:
+        document = None
+        for doc_id in self._candidates(wanted):
+            document = (await self._fetch([doc_id]))[0]
+            if document is not None:
+                break
+        self._used["open"] += 1
+        if document is None:
+            raise _Refusal(
+                "not_found",
+                f"there is no document {str(wanted)[:200]!r}; use an id that search shows after 'URL Source:'.",
+            )
+        shown = self._review(document)
+        if shown is None:
+            raise _Refusal("leak_guard", f"document {document.id!r} may not be read; look for another source.")
+        title = one_line(shown.title)
+        sheets = pages(shown.text, self.config.page_chars)
+        if page > len(sheets):
+            noun = "1 page" if len(sheets) == 1 else f"{len(sheets)} pages"
+            raise _bad(f"document {shown.id!r} has {noun}; page {page} does not exist.")
+        head = f"Title: {title}\nURL Source: {shown.id}\n"
+        if len(sheets) > 1:
+            head += f"Page: {page} of {len(sheets)}\n"
+        text = sheets[page - 1][: max(0, self.config.max_observation_chars - len(head) - 1)]
+        self._page = shown
+        return f"{head}\n{text}", (Seen(shown.id, text, SeenKind.page, shown.title, _date(shown)),)
+
+    async def _find(self, pattern: str) -> tuple[str, tuple[Seen, ...]]:
+        if self._page is None:
+            raise _Refusal("no_page", "no document is open; open one before find.")
+        self._used["find"] += 1
+        c, page = self.config, self._page
+        contexts = matches(
+            page.text, pattern, limit=c.max_matches, context_chars=c.find_context_chars, fuzzy=c.fuzzy_find
+        )
+        blocks: list[str] = []
+        shown: list[str] = []
+        for number, context in enumerate(contexts, start=1):
+            block = f"[Match {number}]\n{context}"
+            if blocks and sum(len(b) + 2 for b in blocks) + len(block) > c.max_observation_chars:
+                break
+            blocks.append(block)
+            shown.append(context)
+        if not blocks:
+            return "No matches found.", ()
+        return "\n\n".join(blocks), (Seen(page.id, "\n\n".join(shown), SeenKind.find, page.title, _date(page)),)
+
+    def _candidates(self, wanted: str | int) -> list[str]:
+        """Ids an agent may mean, best first: an id as shown, an id in brackets or quotes, an index of the last search."""
+        text = str(wanted).strip()
+        found = [text, text.strip("[]()<>\"'`").strip()]
+        index = found[-1]
+        if index.isascii() and index.isdigit() and int(index) < len(self._results):
+            # an integer is an index for CaRR's agent, unless the last search showed a document of this very id
+            place = len(found) if isinstance(wanted, str) or text in self._results else 0
+            found.insert(place, self._results[int(index)])
+        return list(dict.fromkeys(f for f in found if f))
+
+    # ------------------------------------------------------------------------------------------------ backend
+
+    def _review(self, document: Document) -> Document | None:
+        return document if self._guard is None else self._guard.review(document)
+
+    async def _fetch(self, ids: list[str]) -> list[Document | None]:
+        """Documents as the corpus holds them, remembered for this session: the guard looks at them anew each time."""
+        missing = [i for i in ids if i not in self._documents]
+        if missing:
+            found = await self._ask(lambda: self._backend.get(missing))
+            self._documents.update((d.id, d) for d in found if d is not None)
+        return [self._documents.get(i) for i in ids]
+
+    async def _ask(self, request: Callable[[], Awaitable[T]]) -> T:
+        self._cached = False
+        wait_s = self.config.retry_wait_s
+        for left in range(self.config.retries, -1, -1):
+            self._attempts += 1
+            try:
+                return await asyncio.wait_for(request(), self.config.call_timeout_s)
+            except BadQuery as error:
+                raise _bad(f"the search engine refused the query: {error}.") from None
+            except Exception as error:  # whatever the backend raises, a rollout must end in order
+                if not left:
+                    raise _Refusal(
+                        "backend", f"the tool failed ({type(error).__name__}: {one_line(str(error))[:300] or 'no details'})."
+                    ) from error  # fmt: skip
+            await asyncio.sleep(wait_s)
+            wait_s *= 2
+        raise AssertionError("unreachable")
+
+
+def _bad(sentence: str) -> _Refusal:
+    return _Refusal("bad_arguments", sentence)
+
+
+def _integer(arguments: Mapping[str, Any], tool: str, name: str, default: int) -> int:
+    value = arguments.get(name)
+    if value is None:
+        return default
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 10:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _bad(f"{name!r} of {tool} must be an integer of at least 1.")
+    return value
+
+
+def _date(document: Document) -> str:
+    value = document.meta.get("date", "")
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,281 @@
+"""The sandbox: texts, state, budgets, errors, evidence, the journal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.types import Document, Hit, Query, SeenKind, ToolCall, ToolEvent
+from envs.config import SandboxConfig
+from envs.journal import same
+from envs.passages import lead, matches, pages, window
+from envs.sandbox import Session
+from retrieval.backend import BackendConfig, IndexedBackend, build_backend
+
+LONG = "".join(f"Sentence number {i} stands here. " for i in range(1000))
+DOCS = [
+    Document("gupezo", "Gupezo", "Gupezo is a town. The mentor of Badokiru is Lomitave.", {"date": "2020-01-01"}),
+    Document("https://x.org/a", "Lomi\ntave", "Lomitave was born in Gupezo."),
+    Document("long", "Long", LONG),
+    Document("3", "Three", "A page whose id is a number. Gupezo."),
+]
+
+
+def backend() -> IndexedBackend:
+    return build_backend(BackendConfig(kind="bm25"), DOCS)
+
+
+def run(session: Session, name: str, **arguments: Any) -> ToolEvent:
+    return asyncio.run(session.call(ToolCall(name, arguments)))
+
+
+def test_search_open_find_read_as_the_contract_says() -> None:
+    session = Session(backend(), SandboxConfig(default_k=2))
+    found = run(session, "search", query="mentor of Badokiru", k=1)
+    assert found.text == (
+        "[0] Title: Gupezo\n[0] URL Source: gupezo\n"
+        "[0] Description: Gupezo is a town. The mentor of Badokiru is Lomitave."
+    )
+    assert [(s.doc_id, s.kind, s.title, s.date, s.text) for s in found.seen] == [
+        ("gupezo", SeenKind.snippet, "Gupezo", "2020-01-01", "Gupezo is a town. The mentor of Badokiru is Lomitave.")
+    ]
+    assert run(session, "search", query="Lomitave").text.count("URL Source") == 2
+    assert "\n\n[1] Title: " in run(session, "search", query="Gupezo", k=3).text
+    assert "Title: Lomi tave\n" in run(session, "search", query="born").text
+    assert run(session, "search", query="zzz").text == "No results found."
+    opened = run(session, "open", doc_id="https://x.org/a")
+    assert opened.text == "Title: Lomi tave\nURL Source: https://x.org/a\n\nLomitave was born in Gupezo."
+    assert opened.seen[0].kind is SeenKind.page and opened.seen[0].text == "Lomitave was born in Gupezo."
+    assert run(session, "find", pattern="BORN").text == "[Match 1]\nLomitave was born in Gupezo."
+    assert run(session, "find", pattern="nowhere").text == "No matches found."
+
+
+def test_paging_covers_the_text_and_find_runs_on_the_whole() -> None:
+    session = Session(backend(), SandboxConfig(page_chars=10_000))
+    count = len(pages(LONG, 10_000))
+    sheets = [run(session, "open", doc_id="long", page=i) for i in range(1, count + 1)]
+    assert sheets[1].text.startswith(f"Title: Long\nURL Source: long\nPage: 2 of {count}\n\n")
+    assert "".join(s.seen[0].text for s in sheets) == LONG
+    late = run(session, "open", doc_id="long", page=count + 1)
+    assert late.error == "bad_arguments" and f"has {count} pages" in late.text
+    found = run(session, "find", pattern="number 5 ")
+    assert found.text.startswith("[Match 1]\n") and found.text.count("[Match") == 1
+    assert run(session, "find", pattern="sentence number").text.count("[Match ") == 20
+
+
+def test_a_failed_open_leaves_the_last_page() -> None:
+    session = Session(backend())
+    assert run(session, "find", pattern="x").error == "no_page"
+    run(session, "open", doc_id="gupezo")
+    assert run(session, "open", doc_id="nowhere").error == "not_found"
+    assert run(session, "open", doc_id="long", page=99).error == "bad_arguments"
+    assert "Badokiru" in run(session, "find", pattern="mentor").text
+    tight = Session(backend(), SandboxConfig(max_observation_tokens=100))
+    run(tight, "open", doc_id="gupezo")
+    assert run(tight, "open", doc_id="long").error == "budget"
+    assert "Badokiru" in run(tight, "find", pattern="mentor").text
+
+
+def test_open_understands_what_an_agent_may_mean() -> None:
+    session = Session(backend(), SandboxConfig(default_k=2))
+    first = run(session, "search", query="born Lomitave").seen[0].doc_id
+    for wanted in (0, "0", "[0]"):
+        assert run(session, "open", doc_id=wanted).seen[0].doc_id == first
+    assert run(session, "open", doc_id=" <gupezo> ").seen[0].doc_id == "gupezo"
+    assert run(session, "open", doc_id=3).seen[0].doc_id == "3", "not an index: the document of this id"
+    run(session, "search", query="number id page Gupezo", k=4)
+    assert run(session, "open", doc_id=3).seen[0].doc_id == "3", "the last search showed a document of this id"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("browse", {}, "no tool 'browse'"),
+        ("search", {}, "needs the argument 'query'"),
+        ("search", {"query": " "}, "not empty"),
+        ("search", {"query": "x", "num": 3}, "no argument 'num'; it takes k, query"),
+        ("search", {"query": "x", "k": 0}, "'k' of search must be an integer"),
+        ("search", {"query": "x", "k": True}, "'k' of search"),
+        ("search", {"query": "x" * 1001}, "at most 1000"),
+        ("open", {"page": 1}, "needs the argument 'doc_id'"),
+        ("open", {"doc_id": ["a"]}, "must be a document id"),
+        ("open", {"doc_id": "gupezo", "page": "two"}, "'page' of open"),
+        ("find", {"pattern": 3}, "needs the argument 'pattern'"),
+    ],
+)
+def test_mistakes_are_explained_and_only_count_as_calls(name: str, arguments: dict[str, Any], says: str) -> None:
+    session = Session(backend())
+    event = run(session, name, **arguments)
+    assert event.error == "bad_arguments" and event.text.startswith("Error: ") and says in event.text
+    assert not event.infrastructure and not event.seen
+    assert session.usage() == {"calls": 1, "search": 0, "open": 0, "find": 0, "tokens": 0}
+
+
+def test_lenient_integers_and_the_largest_k() -> None:
+    session = Session(backend(), SandboxConfig(max_k=2, default_k=1))
+    assert [len(run(session, "search", query="Gupezo", k=k).seen) for k in ("2", 2.0, 99, None)] == [2, 2, 2, 1]
+
+
+def test_budgets_are_enforced_and_readable() -> None:
+    config = SandboxConfig(max_searches=1, max_opens=1, max_finds=1, max_calls=6)
+    session = Session(backend(), config)
+    assert not run(session, "search", query="Gupezo").error
+    assert "1 searches are used up" in run(session, "search", query="Gupezo").text
+    assert not run(session, "open", doc_id="gupezo").error
+    assert run(session, "open", doc_id="gupezo").error == "budget"
+    assert not run(session, "find", pattern="a").error
+    assert run(session, "find", pattern="a").error == "budget"
+    assert "all 6 tool calls" in run(session, "search", query="Gupezo").text
+    assert [r["error"] for r in session.journal.rows()] == ["", "budget", "", "budget", "", "budget", "budget"]
+
+
+def test_token_and_time_budgets() -> None:
+    counted = Session(backend(), SandboxConfig(max_observation_tokens=20), count_tokens=lambda text: len(text.split()))
+    assert not run(counted, "open", doc_id="gupezo").error
+    over = run(counted, "open", doc_id="long")
+    assert over.error == "budget" and "only " in over.text and not over.seen
+    now = [0.0]
+    timed = Session(backend(), SandboxConfig(wall_time_s=10), clock=lambda: now[0])
+    assert not run(timed, "search", query="Gupezo").error
+    now[0] = 10.0
+    assert "10 seconds" in run(timed, "search", query="Gupezo").text
+
+
+def test_observations_are_bounded_and_evidence_is_what_was_shown() -> None:
+    docs = [Document(f"d{i}", "T" * 30, "gupezo " * 100) for i in range(10)]
+    session = Session(
+        build_backend(BackendConfig(kind="bm25"), docs),
+        SandboxConfig(max_observation_chars=500, snippet_chars=200, snippet_mode="lead", default_k=10),
+    )
+    event = run(session, "search", query="gupezo")
+    assert len(event.text) <= 500 and len(event.seen) == event.text.count("URL Source") == 1
+    opened = run(session, "open", doc_id="d1")
+    assert len(opened.text) <= 500 and opened.text.endswith(opened.seen[0].text)
+    found = run(session, "find", pattern="gupezo")
+    assert len(found.text) <= 500
+    assert all(part in found.text for part in found.seen[0].text.split("\n\n"))
+
+
+class Flaky:
+    """A backend whose first calls fail."""
+
+    def __init__(self, failures: int, hang: bool = False) -> None:
+        self.inner, self.failures, self.hang, self.calls = backend(), failures, hang, 0
+
+    async def _maybe(self) -> None:
+        self.calls += 1
+        if self.calls <= self.failures:
+            if self.hang:
+                await asyncio.sleep(60)
+            raise ConnectionError("shard\ngone")
+
+    async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
+        await self._maybe()
+        return await self.inner.search(queries)
+
+    async def get(self, ids: Sequence[str]) -> list[Document | None]:
+        await self._maybe()
+        return await self.inner.get(ids)
+
+    def info(self) -> Any:
+        return self.inner.info()
+
+    async def close(self) -> None: ...
+
+
+def test_trouble_of_the_backend_is_retried_then_reported_and_not_charged() -> None:
+    config = SandboxConfig(retries=2, retry_wait_s=0, max_searches=1)
+    session = Session(Flaky(2), config)
+    event = run(session, "search", query="Gupezo")
+    assert not event.error and session.journal.entries[0].attempts == 4
+    session = Session(Flaky(3), config)
+    event = run(session, "search", query="Gupezo")
+    assert event.error == "backend" and event.infrastructure and "ConnectionError: shard gone" in event.text
+    assert not run(session, "search", query="Gupezo").error
+    slow = Session(Flaky(9, hang=True), SandboxConfig(retries=1, retry_wait_s=0, call_timeout_s=0.01))
+    assert "TimeoutError" in run(slow, "open", doc_id="gupezo").text
+
+
+class Mask:
+    """Hides one document until another was opened."""
+
+    def __init__(self) -> None:
+        self.open = False
+
+    def review(self, document: Document) -> Document | None:
+        if document.id == "https://x.org/a" and not self.open:
+            return None
+        return document
+
+    def opened(self, doc_id: str) -> None:
+        self.open |= doc_id == "gupezo"
+
+
+def test_the_guard_masks_per_session() -> None:
+    shared = backend()
+    masked, free = Session(shared, guard=Mask()), Session(shared)
+    assert [s.doc_id for s in run(masked, "search", query="born").seen] == []
+    assert run(masked, "open", doc_id="https://x.org/a").error == "leak_guard"
+    assert len(run(free, "search", query="born").seen) == 1
+    run(masked, "open", doc_id="gupezo")
+    assert not run(masked, "open", doc_id="https://x.org/a").error
+
+
+def test_equal_actions_give_equal_journals() -> None:
+    def play(last: str) -> Session:
+        session = Session(backend())
+        run(session, "search", query="mentor")
+        run(session, "open", doc_id=last)
+        run(session, "open", doc_id=last)
+        run(session, "nonsense")
+        return session
+
+    a, b, c = play("gupezo"), play("gupezo"), play("long")
+    assert same(a.journal, b.journal) and not same(a.journal, c.journal)
+    assert [e.cached for e in a.journal.entries] == [False, True, True, False], "the search fetched what open reads"
+    assert [r["index"] for r in a.journal.rows()] == [0, 1, 2, 3]
+    asyncio.run(a.close())
+    with pytest.raises(RuntimeError, match="closed"):
+        run(a, "find", pattern="x")
+
+
+def test_configurations_that_make_no_sense() -> None:
+    for bad in ({"snippet_mode": "best"}, {"max_k": 2}, {"page_chars": 0}, {"call_timeout_s": 0.0}):
+        with pytest.raises(ValueError):
+            SandboxConfig(**bad)  # type: ignore[arg-type]
+
+
+def test_window_finds_the_passage_and_lead_cuts_at_sentences() -> None:
+    text = "Filler words come first. " * 40 + "The rival of Badokiru is Gupezo. " + "More filler follows here. " * 40
+    assert "The rival of Badokiru is Gupezo." in window(text, "who is Badokiru's rival?", 120)
+    assert window(text, "unrelated", 60) == lead(text, 60) == "Filler words come first. Filler words come first."
+    assert lead("one two three", 9) == "one two"
+    assert lead("x" * 30, 10) == "x" * 10
+
+
+def test_find_follows_carrs_rules() -> None:
+    assert matches("aAa", "aa", limit=20, context_chars=0) == ["aA", "Aa"]
+    text = "x" * 300 + "KEY" + "y" * 300
+    assert matches(text, "key", limit=20, context_chars=200) == ["x" * 200 + "KEY" + "y" * 200]
+    assert matches("İstanbul a.c", "a.c", limit=1, context_chars=0) == ["a.c"]
+    said = "the quick brown fox jumps" + " " * 400
+    assert matches(said, "quick brown fox the", limit=5, context_chars=0) == []
+    assert len(matches(said, "quick brown fox the", limit=5, context_chars=0, fuzzy=True)) == 1
+
+
+@given(st.text(max_size=400), st.integers(1, 60))
+def test_pages_put_together_are_the_text(text: str, page_chars: int) -> None:
+    found = pages(text, page_chars)
+    assert "".join(found) == text and all(len(p) <= page_chars for p in found) and all(found[:-1])
+
+
+@given(st.text(max_size=300), st.text(max_size=30), st.integers(1, 80))
+def test_snippets_keep_their_limit_and_come_from_the_text(text: str, query: str, limit: int) -> None:
+    flat = " ".join(text.split())
+    for snippet in (lead(text, limit), window(text, query, limit)):
+        assert len(snippet) <= limit and snippet in flat
