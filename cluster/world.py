@@ -82,8 +82,9 @@ def open_world(source: WorldSource, backend: BackendConfig, run_dir: Path, stora
             raise UserError("world.kind is jsonl, which needs world.jsonl.corpus and world.jsonl.tasks")
         index_dir = storage / "indexes" / "-".join([backend.kind, *(Path(c).stem for c in config.corpus)])
         built = prepare_backend(backend, [resolve(c) for c in config.corpus], index_dir, malformed=config.malformed)
+        known = set(built.store.ids())
         built.store.close()
-        tasks = read_tasks(resolve(config.tasks))
-        eval_tasks = read_tasks(resolve(config.eval_tasks)) if config.eval_tasks else []
+        tasks = read_tasks(resolve(config.tasks), known_ids=known)
+        eval_tasks = read_tasks(resolve(config.eval_tasks), known_ids=known) if config.eval_tasks else []
         return OpenWorld(str(index_dir), tasks, eval_tasks)
     raise UserError(f"world.kind is {source.kind!r}; it must be `synthetic` or `jsonl`")

@@ -80,10 +80,15 @@ class EngineClient(Protocol):
 class Transport(Protocol):
     """A backend, on the trainer's side. `index` counts the engines of this publish from 0."""
 
-    collective: bool
-    """Whether the data phases need all engines together: then one failure before them fails all."""
-    unsafe_from: Phase
-    """The first phase whose failure can leave an engine's weights half old and half new."""
+    @property
+    def collective(self) -> bool:
+        """Whether the data phases need all engines together: then one failure before them fails all."""
+        ...
+
+    @property
+    def unsafe_from(self) -> Phase:
+        """The first phase whose failure can leave an engine's weights half old and half new."""
+        ...
 
     def init_info(self, index: int, num_engines: int) -> Mapping[str, Any]: ...
     def update_info(self, index: int) -> Mapping[str, Any]: ...

