@@ -44,7 +44,13 @@ class RewardServer:
         self._reward = make_reward(reward)
 
     async def ready(self) -> int:
+        """Pid, once the judge has answered. Raises JudgeError for an endpoint that does not."""
+        await self._judge.check()
         return os.getpid()
+
+    async def stats(self) -> dict[str, float]:
+        """Counters of the judge."""
+        return self._judge.stats()
 
     async def score(self, group: Group) -> list[Verdict]:
         return await self._reward(group, Services(judge=self._judge))

@@ -1,0 +1,313 @@
+"""Text rules that all rooms share: answers, words, ids, citations, and the rubric graph.
+
+Invariants: standard library only and quick to import; every function is pure, total on any string and linear in its
+length; nothing here knows a tokenizer, a corpus or a judge.
+
+Sources: answer normalisation as Search-R1 (`specs/search_r1.md` 5) in its order; citations, references and rubrics as
+CaRR (`specs/carr.md` 1.3, 2.4, 3), with the flaws that the spec lists mended.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+# ----------------------------------------------------------------------------------------------------- answers
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
+def normalize_answer(text: str) -> str:
+    """Lower-case, delete punctuation (not replaced by a space), drop a/an/the, collapse spaces; in this order.
+
+    On ASCII text exactly Search-R1's rule. Beyond ASCII, composed and decomposed letters are equal, and typographic
+    punctuation is deleted like its ASCII kin, so that a curly apostrophe equals a straight one.
+    """
+    text = unicodedata.normalize("NFC", text.lower())
+    text = "".join(c for c in text if not _is_punctuation(c))
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def exact_match(prediction: str, golds: Sequence[str]) -> bool:
+    """True when the prediction equals any alias after normalisation. Aliases that normalise to nothing never match."""
+    predicted = normalize_answer(prediction)
+    return bool(predicted) and any(normalize_answer(gold) == predicted for gold in golds)
+
+
+def f1(prediction: str, golds: Sequence[str]) -> float:
+    """Best word-overlap F1 over the aliases, in [0, 1], after normalisation."""
+    return max((_f1(normalize_answer(prediction).split(), normalize_answer(g).split()) for g in golds), default=0.0)
+
+
+def _f1(predicted: list[str], gold: list[str]) -> float:
+    shared = sum((Counter(predicted) & Counter(gold)).values())
+    return 2 * shared / (len(predicted) + len(gold)) if shared else 0.0
+
+
+def _is_punctuation(char: str) -> bool:
+    return char in string.punctuation if char < "\x80" else unicodedata.category(char)[0] == "P"
+
+
+_REFUSALS = frozenset(
+    (
+        "unknown", "not known", "none", "na", "nil", "no answer", "no answer found", "not found", "answer not found",
+        "unanswerable", "undetermined", "undeterminable", "not answerable", "cannot answer", "cant answer", "cannot say",
+        "cannot tell", "unable to answer", "not available", "not specified", "not stated", "not enough information",
+        "not enough evidence", "insufficient information", "insufficient evidence", "no information",
+    )
+)  # fmt: skip
+_REFUSAL = re.compile(
+    r"(?:sorry |unfortunately |i am sorry |im sorry )*(?:but )?(?:"
+    r"(?:i|we) (?:do not|dont) (?:know|have enough)"
+    r"|(?:i|we) (?:cannot|can not|cant|could not|couldnt|was not able to|were not able to|am unable to|are unable to|was unable to)"
+    r" (?:answer|determine|find|identify|tell|say|establish|verify|confirm|conclude)"
+    r"|(?:answer|question|this|it)(?: to (?:this|question|this question))? (?:cannot|can not|cant|could not|couldnt) be"
+    r" (?:answered|determined|found|identified|established|verified|known)"
+    r"|(?:answer|question|this|it)(?: to (?:this|question|this question))? is (?:unknown|not known|unanswerable|not answerable|not found)"
+    r"|(?:unable|not possible|impossible) to (?:answer|determine|find|identify|say|tell)"
+    r"|(?:there is |there was )?(?:not enough|insufficient|no) (?:information|evidence|data)"
+    r" (?:is|was|to|available|found|about|on|that|for|given|provided)"
+    r"|no (?:answer|definitive answer) (?:exists|could be|can be|was|is)"
+    r")\b"
+)
+_HEDGE = re.compile(r"\b(?:but|however|although|though|guess|probably|likely|perhaps|maybe|possibly|best estimate)\b")
+
+
+def is_refusal(text: str) -> bool:
+    """True when an exact answer says that there is none: `unknown`, `I cannot determine this`.
+
+    An empty text is no refusal, and neither is one that goes on to offer an answer (`I do not know, but maybe Paris`).
+    """
+    said = normalize_answer(text)
+    if said in _REFUSALS:
+        return True
+    found = _REFUSAL.match(said)
+    return bool(found) and len(said.split()) <= 40 and not _HEDGE.search(said[found.end() if found else 0 :])
+
+
+# ------------------------------------------------------------------------------------------------------- words
+
+_SINGLE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Scripts written without spaces: every kana and Han character is a word of its own."""
+
+
+def words(text: str) -> list[str]:
+    """Words in any script, case-folded and compatibility-normalised (full-width letters equal plain ones)."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    # Vowel signs and accents belong to their word, but `\w` leaves them out; only those that occur are added.
+    marks = "".join(sorted(c for c in set(text) if c > "\x7f" and unicodedata.category(c)[0] == "M"))
+    return _word_pattern(marks).findall(text)
+
+
+@lru_cache(maxsize=256)
+def _word_pattern(marks: str) -> re.Pattern[str]:
+    return re.compile(rf"[{_SINGLE}]|(?:(?![{_SINGLE}])[\w{re.escape(marks)}])+")
+
+
+def ngrams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
+    """All runs of `n` consecutive words; empty when there are fewer than `n`."""
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)} if n > 0 else set()
+
+
+# --------------------------------------------------------------------------------------------------------- ids
+
+_WRAPPERS = re.compile(r"(?:view-source:|(?:https?://)?r\.jina\.ai/(?=\S))\s*", re.IGNORECASE)
+_SCHEME = re.compile(r"https?://(?=[^/?#\s])", re.IGNORECASE)
+_WWW = re.compile(r"www\.(?=[^/?#\s])", re.IGNORECASE)
+
+
+def canonical_id(text: str) -> str:
+    """One key for every way to write a page: URLs lose jina prefix, view-source, scheme, www, fragment, trailing slash.
+
+    The host is lower-cased, path and query are kept. A plain document id stays as it is (outer spaces aside).
+    """
+    key = text.strip()
+    while len(key) <= 4096:
+        found = _WRAPPERS.match(key)
+        if found and found.end() < len(key):
+            key = key[found.end() :]
+            continue
+        found = _SCHEME.match(key) or _WWW.match(key)
+        if not found:
+            return key
+        key = key[found.end() :]
+        host = re.match(r"[^/?#]*", key)
+        end = host.end() if host else 0
+        name = re.sub(r":(?:80|443)$", "", key[:end].lower())
+        key = (name + key[end:].partition("#")[0]).rstrip("/").strip() or key
+    return key
+
+
+# --------------------------------------------------------------------------------------------------- citations
+
+
+@dataclass(frozen=True)
+class Citation:
+    """One `[number](target)` of a message. `start` and `end` are character offsets of exactly that."""
+
+    number: int
+    target: str
+    """URL or document id as written, without link title and angle brackets. Compare by `canonical_id`."""
+    start: int
+    end: int
+
+
+_LENIENT = re.compile(r"\[{1,2}(\d{1,9})\]{1,2}\(((?:[^()\n]|\([^()\n]*\)){1,2048})\)")
+_STRICT = re.compile(r"\[(\d+)\]\(((?:view-source:)?https?://.{0,2048}?)\)(?=[\],])")
+_TITLE = re.compile(r"""(?<!\s)\s+(?:"[^"]*"|'[^']*')\s*$""")
+_ONE = r"\[{1,2}\d{1,9}\]{1,2}\((?:[^()\n]|\([^()\n]*\)){1,2048}\)"
+_CITATION_GROUP = re.compile(rf"(?<![ \t])[ \t]*(?:\[[ \t]{{0,4}})?{_ONE}(?:[ \t]{{0,4}}[,;]?[ \t]{{0,4}}{_ONE})*\]?")
+_LOOSE_SPACE = re.compile(r"(?<![ \t])[ \t]+(?=[.,;:!?](?:\s|$))")
+
+
+def citations(message: str, strict: bool = False) -> list[Citation]:
+    """Inline citations, in order. Reference lists are not cut here: see `cut_references`.
+
+    Lenient: `[4](u)` anywhere, also `[[4](u)]`, `[[1](u1), [2](u2)]` and `[[4]](u)`; targets may be any document id.
+    Strict: the paper's rule, which takes only http(s) URLs, each directly followed by `]` or `,`.
+    """
+    found = []
+    for match in (_STRICT if strict else _LENIENT).finditer(message):
+        target = match.group(2)
+        if not strict:
+            target = _TITLE.sub("", target).strip()
+            target = target[1:-1].strip() if target.startswith("<") and target.endswith(">") else target
+        if target:
+            outer = 1 if match.group(0).startswith("[[") and "]](" not in match.group(0) else 0
+            found.append(Citation(int(match.group(1)), target, match.start() + outer, match.end()))
+    return found
+
+
+def strip_citations(message: str) -> str:
+    """The message without its inline citations; spaces before punctuation that they leave behind go too."""
+    return _LOOSE_SPACE.sub("", _CITATION_GROUP.sub("", message))
+
+
+# ---------------------------------------------------------------------------------------------------- sections
+
+# Repeats are bounded, here and above, so that no text of an agent makes a pattern slow.
+_OPEN = r"^[ \t]{0,3}(?P<hash>#{1,6}[ \t]{0,4})?(?P<bold>\*\*|__)?[ \t]{0,4}(?:\d{1,2}[.)][ \t]{0,4})?"
+_REFERENCES = re.compile(
+    _OPEN + r"references?[ \t]{0,4}:?[ \t]{0,4}(?:\*\*|__)?[ \t]{0,4}:?[ \t]{0,4}#{0,6}[ \t]{0,40}$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_EXACT = re.compile(
+    _OPEN
+    + r"exact[ \t]{1,4}answer[ \t]{0,4}(?P<colon>:)?[ \t]{0,4}(?P<close>\*\*|__)?[ \t]{0,4}(?P<colon2>:)?(?P<rest>[^\n]*)$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_HEADING = re.compile(
+    r"^[ \t]{0,3}(?:#{1,6}[ \t]+\S[^\n]*|(?:\*\*|__)[^\n*_]+(?:\*\*|__)[ \t]*:?[ \t]*)$", re.MULTILINE
+)
+
+
+def cut_references(message: str) -> str:
+    """The message up to its last heading `References` (any level, bold or plain, any case): lists there do not cite."""
+    starts = [match.start() for match in _REFERENCES.finditer(message)]
+    return message[: starts[-1]].rstrip() if starts else message
+
+
+def exact_answer(message: str) -> str:
+    """Text of the last section `Exact Answer`, without citations; empty when there is none.
+
+    Any heading level, bold or plain with a colon, any case; the answer may stand on the heading's own line.
+    """
+    last: re.Match[str] | None = None
+    for match in _EXACT.finditer(message):
+        marked = match["colon"] or match["colon2"] or (match["close"] and match["bold"])
+        if marked or not match["rest"].strip("#*_ \t\r"):  # else a sentence that happens to begin with these words
+            last = match
+    if last is None:
+        return ""
+    rest = last["rest"].strip()
+    if rest.strip("#*_ \t"):
+        answer = rest.removesuffix("**").removesuffix("__") if last["bold"] and not last["close"] else rest
+    else:
+        body = message[last.end() :].lstrip()
+        ends = [m.start() for m in (_REFERENCES.search(body), _later_heading(body)) if m]
+        answer = body[: min(ends)] if ends else body
+    return strip_citations(answer).strip()
+
+
+def _later_heading(body: str) -> re.Match[str] | None:
+    """The next heading; a bold first line is the answer itself, not a heading."""
+    for match in _HEADING.finditer(body):
+        if match.start() > 0 or match.group(0).lstrip().startswith("#"):
+            return match
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------- rubrics
+
+_PLACEHOLDER = re.compile(r"<(E(?:0|[1-9]\d*))>")
+_BROKEN_PLACEHOLDER = re.compile(r"<\s*(?:e\s*\d+|answer|entity[^<>]*)\s*>", re.IGNORECASE)
+
+
+def placeholders(rubric: str) -> list[str]:
+    """Labels such as `E0` in order of first occurrence."""
+    return list(dict.fromkeys(_PLACEHOLDER.findall(rubric)))
+
+
+def fill(rubric: str, values: Mapping[str, str | None]) -> str:
+    """The rubric with every known placeholder replaced, in a single pass: a value is never filled again."""
+    return _PLACEHOLDER.sub(lambda m: values.get(m.group(1)) or m.group(0), rubric)
+
+
+def connected(rubrics_entities: Sequence[Collection[str]], supported: Collection[int], root: str = "E0") -> set[int]:
+    """Indices of supported rubrics that are linked to `root` through shared entities (CaRR, step 3)."""
+    by_entity: dict[str, list[int]] = {}
+    for index in sorted(set(supported)):
+        for entity in rubrics_entities[index]:
+            by_entity.setdefault(entity, []).append(index)
+    seen, reached, queue = {root}, set[int](), deque([root])
+    while queue:
+        for index in by_entity.get(queue.popleft(), ()):
+            reached.add(index)
+            fresh = [e for e in rubrics_entities[index] if e not in seen]
+            seen.update(fresh)
+            queue.extend(fresh)
+    return reached
+
+
+def validate_rubrics(rubrics: Sequence[str], answers: Sequence[str] = ()) -> list[str]:
+    """What is wrong with a task's rubrics, one line each; empty when they can be used.
+
+    Checks that each has a well-formed placeholder, none repeats, `<E0>` occurs, all are linked to it, and none holds
+    one of the `answers` (the gold answer and its aliases).
+    """
+    if not rubrics:
+        return ["there are no rubrics"]
+    problems: list[str] = []
+    seen: dict[str, int] = {}
+    entities = [set(placeholders(rubric)) for rubric in rubrics]
+    golds = [(answer, words(answer)) for answer in answers]
+    for index, rubric in enumerate(rubrics):
+        name = f"rubric {index} ({rubric!r})"
+        if not entities[index]:
+            problems.append(f"{name} has no placeholder such as <E0>")
+        broken = [m.group(0) for m in _BROKEN_PLACEHOLDER.finditer(rubric) if not _PLACEHOLDER.fullmatch(m.group(0))]
+        if broken:
+            problems.append(f"{name} has a malformed placeholder {broken[0]}")
+        key = " ".join(rubric.lower().split())
+        if key in seen:
+            problems.append(f"{name} repeats rubric {seen[key]}")
+        seen.setdefault(key, index)
+        said = words(rubric)
+        leaked = next((answer for answer, gold in golds if gold and tuple(gold) in ngrams(said, len(gold))), None)
+        if leaked is not None:
+            problems.append(f"{name} gives away the answer {leaked!r}")
+    if not any("E0" in found for found in entities):
+        problems.append("no rubric names <E0>, the answer")
+    else:
+        linked = connected(entities, range(len(rubrics)))
+        problems += [
+            f"rubric {i} ({rubrics[i]!r}) is not linked to <E0>"
+            for i in range(len(rubrics))
+            if entities[i] and i not in linked
+        ]
+    return problems

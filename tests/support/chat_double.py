@@ -1,0 +1,100 @@
+"""A local chat endpoint for tests: speaks the protocol, and misbehaves on request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+STALL, DROP = "stall", "drop"
+Answer = tuple[int, dict[str, str], str]
+Handler = Callable[[dict[str, Any], int], Answer | str]
+"""Request body and the number of completions asked before -> (status, headers, body), or STALL, or DROP."""
+
+
+def completion(text: str | None, finish_reason: str = "stop", **extra: Any) -> Answer:
+    """A well-formed reply with this text."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    return 200, {}, json.dumps({"choices": [choice], "usage": {"total_tokens": 10}} | extra)
+
+
+def verdict(value: Any, reasons: str = "because") -> Answer:
+    """A reply in the form our prompts ask for."""
+    return completion(json.dumps({"reasons": reasons, "verdict": value}))
+
+
+def failure(status: int, **headers: str) -> Answer:
+    return (
+        status,
+        {k.replace("_", "-"): v for k, v in headers.items()},
+        json.dumps({"error": {"message": f"status {status}"}}),
+    )
+
+
+@dataclass
+class Endpoint:
+    """A running double: where it listens and what it was asked."""
+
+    url: str = ""
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    most_in_flight: int = 0
+    in_flight: int = 0
+
+
+@asynccontextmanager
+async def serve(
+    handler: Handler, models: tuple[int, list[str]] = (200, ["judge"]), delay_s: float = 0.0
+) -> AsyncIterator[Endpoint]:
+    """Serve on a free loopback port until the block ends."""
+    endpoint = Endpoint()
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                lines = head.decode().split("\r\n")
+                headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:]) if k}
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                if lines[0].startswith("GET /v1/models"):
+                    answer: Answer | str = (models[0], {}, json.dumps({"data": [{"id": m} for m in models[1]]}))
+                elif lines[0].startswith("POST /v1/chat/completions"):
+                    endpoint.requests.append(json.loads(body))
+                    endpoint.headers.append(headers)
+                    endpoint.in_flight += 1
+                    endpoint.most_in_flight = max(endpoint.most_in_flight, endpoint.in_flight)
+                    answer = handler(endpoint.requests[-1], len(endpoint.requests) - 1)
+                    await asyncio.sleep(3600 if answer == STALL else delay_s)
+                    endpoint.in_flight -= 1
+                else:
+                    answer = failure(404)
+                if isinstance(answer, str):
+                    return
+                status, extra, text = answer
+                sent = text.encode()
+                names = "".join(f"{k}: {v}\r\n" for k, v in extra.items())
+                writer.write(f"HTTP/1.1 {status} X\r\ncontent-length: {len(sent)}\r\n{names}\r\n".encode() + sent)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(client(reader, writer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    endpoint.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    try:
+        yield endpoint
+    finally:
+        server.close()
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.interfaces import Judge, Services
+from agents.types import Seen, SeenKind, Status, StopReason, Task, ToolCall, ToolEvent, Verdict
+from envs.world.traces import ScriptConfig, scripts
+from rewards.carr import identify_request, read_identities, read_support, rubric_reward
+from rewards.config import RewardConfig
+from rewards.evidence import gather
+from rewards.judges.rule import RuleJudge
+from rewards.registry import make_reward
+from tests.support.reward_cases import ScriptedJudge, group, page, rollout
+
+FIGURE = Task(
+    "fig",
+    "What is the estimated initial mass?",
+    answers=("66 tonnes",),
+    rubrics=(
+        "<E1> is a coastal town planned by <E2>", "<E2> was an engineer", "<E3> is near <E1>", "<E4> is a comet", "<E5> named <E4>",
+        "<E6> lies over <E7>", "<E6> saw the fall of <E8>", "<E0> is the estimated initial mass of <E8>",
+    ),
+)  # fmt: skip
+NAMES = {
+    "E0": "66 tonnes",
+    "E1": None,
+    "E2": None,
+    "E3": None,
+    "E4": "Comet",
+    "E5": "Ann",
+    "E6": "Basin",
+    "E7": "Laos",
+    "E8": "Stone",
+}
+CITED = "The mass [[1](seen)] and [[2](https://never.seen)].\n\n## Exact Answer\n66 tonnes"
+ORACLE = {
+    "entities": {"E0": "Gupezo", "E1": "Lomitave"},
+    "statements": [
+        {"subject": "Badokiru", "object": "<E1>", "sentence": "{subject}'s rival is {object}."},
+        {"subject": "<E1>", "object": "<E0>", "sentence": "{subject}'s mentor is {object}."},
+    ],
+}
+WORLD = Task(
+    "w",
+    "Start at Badokiru. Step 1: rival. Step 2: mentor. Who is at the end?",
+    ("Gupezo",),
+    ("<E1> is the rival of Badokiru.", "<E0> is the mentor of <E1>."),
+    oracle=ORACLE,
+)
+BADOKIRU = page("Badokiru", "Badokiru is a baker.\nBadokiru's cook is Ulo. Badokiru's\nrival is Lomitave.")
+LOMITAVE = page("Lomitave", "Lomitave's mentor is Gupezo. Lomitave's rival is Wamu.")
+EXPERT = (
+    "## Explanation with Citations\nBadokiru's rival is Lomitave [[1](Badokiru)]. Lomitave's mentor is Gupezo [[2](Lomitave)].\n\n"
+    "## Exact Answer\nGupezo"
+)
+
+
+async def score(task: Task, judge: Judge, *rollouts: object, **options: object) -> list[Verdict]:
+    return await make_reward(RewardConfig(**options))(group(task, *rollouts), Services(judge))  # type: ignore[arg-type]
+
+
+def figure_judge(**changes: object) -> ScriptedJudge:
+    supported = {"S1": False, "S2": False, "S3": True, "S4": True, "S5": True}
+    return ScriptedJudge(**({"carr_identify": NAMES, "carr_support": supported} | changes))
+
+
+def rubric_rows(verdict: Verdict) -> list[dict]:
+    return [dict(e) for e in verdict.evidence if "rubric" in e]
+
+
+# ------------------------------------------------------------------------------------------------ the worked example
+
+
+async def test_figure_scores_three_of_eight() -> None:
+    judge = figure_judge()
+    (verdict,) = await score(FIGURE, judge, rollout(CITED, [page("seen", "66 tonnes of stone")]))
+    assert verdict.parts["rubric"] == 0.375
+    assert verdict.reward == verdict.parts["outcome"] == 1.0
+    counts = {k: verdict.parts[k] for k in ("identified", "supported", "connected", "num_rubrics", "cited_pages")}
+    assert counts == {"identified": 5, "supported": 3, "connected": 3, "num_rubrics": 8, "cited_pages": 1}
+    assert verdict.prompts == {"carr_identify": "1-abc", "carr_support": "1-abc"}
+    rows = rubric_rows(verdict)
+    assert [r["connected"] for r in rows] == [False] * 5 + [True] * 3
+    assert rows[7]["filled"] == "66 tonnes is the estimated initial mass of Stone" and rows[7]["entities"] == {
+        "E0": "66 tonnes",
+        "E8": "Stone",
+    }
+    assert rows[7]["pages"] == ["seen"] and rows[0]["entities"] == {"E1": None, "E2": None}
+    cites = next(e for e in verdict.evidence if e.get("check") == "citations")
+    assert cites["unseen"] == ["https://never.seen"] and cites["pages"][0]["doc_id"] == "seen"
+    support = judge.asked[-1].fields
+    assert support["statements"]["S1"] == "Comet is a comet" and support["rubric_indices"] == {
+        "S1": 3,
+        "S2": 4,
+        "S3": 5,
+        "S4": 6,
+        "S5": 7,
+    }
+    assert [p["url"] for p in support["pages"]] == ["seen"]
+
+
+async def test_mix_is_the_published_servers_reward() -> None:
+    events = [page("seen", "text")]
+    (right,) = await score(FIGURE, figure_judge(), rollout(CITED, events), reward="mix", rubric_ratio=0.5)
+    assert right.reward == pytest.approx(0.5 + 0.5 * 0.375)
+    wrong = rollout(CITED.replace("Answer\n66", "Answer\n77"), events)
+    (verdict,) = await score(FIGURE, figure_judge(), wrong, reward="mix", rubric_ratio=0.5)
+    assert verdict.reward == pytest.approx(0.5 * 0.375)
+
+
+async def test_no_connectivity_counts_all_supported() -> None:
+    supported = {"S1": True, "S2": False, "S3": True, "S4": True, "S5": True}
+    events = [page("seen", "text")]
+    (linked,) = await score(FIGURE, figure_judge(carr_support=supported), rollout(CITED, events))
+    (counted,) = await score(FIGURE, figure_judge(carr_support=supported), rollout(CITED, events), connectivity=False)
+    assert (linked.parts["rubric"], counted.parts["rubric"]) == (3 / 8, 4 / 8)
+
+
+# ------------------------------------------------------------------------------------------------------- validation
+
+
+@pytest.mark.parametrize("nobody", ["", "  ", "unknown", "Unknown", "N/A", "null", "none", "None.", "<E2>", None])
+async def test_a_name_that_names_nobody_identifies_nothing(nobody: str | None) -> None:
+    judge = figure_judge(carr_identify=NAMES | {"E0": nobody}, carr_support={f"S{i}": True for i in range(1, 5)})
+    (verdict,) = await score(FIGURE, judge, rollout(CITED, [page("seen", "text")]))
+    assert verdict.parts["rubric"] == 0.0 and verdict.parts["identified"] == 4 and not verdict.status
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {}, {k: v for k, v in NAMES.items() if k != "E3"}, NAMES | {"E9": "x"}, NAMES | {"E3": 7}, NAMES | {"E3": ["x"]}, [NAMES], "E0",
+        Status.unjudgeable,
+    ],
+)  # fmt: skip
+async def test_unusable_identities_score_zero(reply: object) -> None:
+    (verdict,) = await score(FIGURE, figure_judge(carr_identify=reply), rollout(CITED, [page("seen", "text")]))
+    assert verdict.parts["rubric"] == 0.0 and verdict.parts["outcome"] == 1.0
+    assert verdict.status == {"rubric": Status.unjudgeable} and not verdict.masked
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [{}, {f"S{i}": True for i in range(1, 5)}, {f"S{i}": True for i in range(1, 7)}, {f"S{i}": 1 for i in range(1, 6)},
+     {f"S{i}": "true" for i in range(1, 6)}, Status.unjudgeable],
+)  # fmt: skip
+async def test_unusable_support_scores_zero(reply: object) -> None:
+    (verdict,) = await score(FIGURE, figure_judge(carr_support=reply), rollout(CITED, [page("seen", "text")]))
+    assert verdict.parts["rubric"] == 0.0 and verdict.status == {"rubric": Status.unjudgeable}
+
+
+@pytest.mark.parametrize("step", ["carr_identify", "carr_support"])
+async def test_unreachable_judge_masks(step: str) -> None:
+    (verdict,) = await score(FIGURE, figure_judge(**{step: Status.unavailable}), rollout(CITED, [page("seen", "text")]))
+    assert verdict.masked and verdict.causes == {"rubric": "test_unavailable"} and "rubric" not in verdict.parts
+
+
+async def test_unreachable_outcome_judge_masks_and_saves_the_other_calls() -> None:
+    judge = figure_judge(outcome=Status.unavailable)
+    (verdict,) = await score(FIGURE, judge, rollout(CITED, [page("seen", "text")]), outcome="judge", lazy_rubrics=False)
+    assert verdict.masked and judge.prompts() == ["outcome"]
+
+
+# ---------------------------------------------------------------------------------------------- who is judged at all
+
+
+@pytest.mark.parametrize("stop", [StopReason.context_full, StopReason.turn_limit, StopReason.malformed])
+async def test_unfinished_or_malformed_is_zero_without_a_call(stop: StopReason) -> None:
+    judge = figure_judge()
+    (verdict,) = await score(FIGURE, judge, rollout(CITED, [page("seen", "text")], stop), outcome="judge")
+    assert not judge.asked and not verdict.masked
+    assert verdict.reward == verdict.parts["outcome"] == verdict.parts["rubric"] == 0.0
+
+
+async def test_empty_message_is_zero_without_a_call() -> None:
+    judge = figure_judge()
+    (verdict,) = await score(FIGURE, judge, rollout("  "), outcome="judge")
+    assert not judge.asked and verdict.parts["rubric"] == 0.0
+
+
+async def test_infrastructure_is_masked() -> None:
+    (verdict,) = await score(FIGURE, figure_judge(), rollout(CITED, stop=StopReason.env_failed))
+    assert verdict.masked and verdict.causes == {"outcome": "env_failed"}
+
+
+@pytest.mark.parametrize("message", [CITED.replace("seen", "made-up"), "It is so.\n\n## Exact Answer\n66 tonnes"])
+async def test_without_a_cited_page_that_was_seen_the_outcome_stays(message: str) -> None:
+    judge = figure_judge()
+    (verdict,) = await score(FIGURE, judge, rollout(message, [page("seen", "text")]))
+    assert (verdict.parts["outcome"], verdict.parts["rubric"]) == (1.0, 0.0)
+    assert judge.prompts() == ["carr_identify"]
+
+
+async def test_task_without_rubrics_keeps_its_outcome() -> None:
+    task = Task("t", "Q?", ("66 tonnes",))
+    (verdict,) = await score(task, ScriptedJudge(), rollout(CITED))
+    assert (verdict.reward, verdict.parts["rubric"]) == (1.0, 0.0)
+
+
+async def test_rubrics_are_judged_only_where_somebody_is_right() -> None:
+    wrong = rollout(CITED.replace("Answer\n66", "Answer\n77"), [page("seen", "text")])
+    right = rollout(CITED, [page("seen", "text")])
+    judge = figure_judge()
+    nobody = await score(FIGURE, judge, wrong, wrong)
+    assert (
+        not judge.asked and [v.parts["rubric"] for v in nobody] == [0.0, 0.0] and nobody[0].parts["rubric_judged"] == 0
+    )
+    both = await score(FIGURE, judge, wrong, right)
+    assert [v.parts["rubric"] for v in both] == [0.375, 0.375] and both[0].parts["rubric_judged"] == 1
+    eager = await score(FIGURE, figure_judge(), wrong, lazy_rubrics=False)
+    assert eager[0].parts["rubric"] == 0.375
+
+
+async def test_citations_only_in_the_reference_list_do_not_count() -> None:
+    message = "So it is.\n\n## Exact Answer\n66 tonnes\n\n### References\n[[1](seen)]"
+    (verdict,) = await score(FIGURE, figure_judge(), rollout(message, [page("seen", "text")]))
+    assert verdict.parts["rubric"] == 0.0 and verdict.parts["cited_pages"] == 0
+
+
+async def test_strict_citations_take_urls_only() -> None:
+    events = [page("https://a.b/c", "text")]
+    loose = "So [1](https://a.b/c).\n\n## Exact Answer\n66 tonnes"
+    tight = loose.replace("[1](https://a.b/c)", "[[1](https://a.b/c)]")
+    for message, expected in ((loose, 0.0), (tight, 0.375)):
+        (verdict,) = await score(FIGURE, figure_judge(), rollout(message, events), citations="strict")
+        assert verdict.parts["rubric"] == expected
+
+
+# --------------------------------------------------------------------------------------------------------- evidence
+
+
+def seen(doc_id: str, text: str, kind: SeenKind, title: str = "") -> ToolEvent:
+    return ToolEvent(ToolCall("x"), text, (Seen(doc_id, text, kind, title),))
+
+
+def test_evidence_is_snippets_then_text_then_finds_without_repeats() -> None:
+    events = [
+        seen("https://www.a.org/x", "opened", SeenKind.page), seen("a.org/x", "found", SeenKind.find),
+        seen("http://a.org/x/", "snippet", SeenKind.snippet, "Title"), seen("a.org/x", "opened", SeenKind.page),
+        seen("b", "opened", SeenKind.page), seen("b", "other", SeenKind.page), seen("c", "not cited", SeenKind.page),
+    ]  # fmt: skip
+    evidence = gather("[1](https://a.org/x#top), [2](b), [3](b), [4](ghost)", events)
+    assert [(p.number, p.title, p.text) for p in evidence.pages] == [
+        (1, "Title", "snippet\n\nopened\n\nfound"),
+        (2, "", "other"),
+    ]
+    assert evidence.unseen == ("ghost",)
+
+
+def test_cap_counts_cited_pages_that_were_seen() -> None:
+    events = [page(f"d{i}", f"text {i}") for i in range(30)]
+    message = "[1](ghost) " + " ".join(f"[{i}](d{i})" for i in range(30))
+    evidence = gather(message, events)
+    assert [p.doc_id for p in evidence.pages] == [f"d{i}" for i in range(20)] and len(evidence.over_cap) == 10
+    assert len(gather(message, events, max_pages=3).pages) == 3
+
+
+# ----------------------------------------------------------------------------------------------------- the rule judge
+
+
+async def test_expert_of_the_world_scores_one() -> None:
+    (verdict,) = await score(WORLD, RuleJudge(), rollout(EXPERT, [BADOKIRU, LOMITAVE]), outcome="judge")
+    assert (verdict.parts["outcome"], verdict.parts["rubric"]) == (1.0, 1.0)
+    assert rubric_rows(verdict)[0]["filled"] == "Lomitave is the rival of Badokiru."
+
+
+@pytest.mark.parametrize(
+    ("message", "events", "rubric"),
+    [
+        (EXPERT, [BADOKIRU], 0.0),  # the last page was never seen: nothing supports the step that names the answer
+        (EXPERT, [LOMITAVE], 0.5),
+        (EXPERT.replace(" [[1](Badokiru)]", ""), [BADOKIRU, LOMITAVE], 0.5),
+        (EXPERT.replace(" [[2](Lomitave)]", ""), [BADOKIRU, LOMITAVE], 0.0),
+        ("Surely.\n\n## Exact Answer\nGupezo", [BADOKIRU, LOMITAVE], 0.0),
+        (
+            EXPERT.replace("rival is Lomitave", "rival is Wamu").replace("Lomitave's", "Wamu's"),
+            [BADOKIRU, LOMITAVE],
+            0.0,
+        ),
+        (EXPERT.replace("Lomitave [[1]", "Ulo [[1]"), [BADOKIRU, LOMITAVE], 0.0),
+        (
+            EXPERT.replace("\n\n##", " Lomitave's mentor is Ulo.\n\n##"),
+            [BADOKIRU, LOMITAVE],
+            0.0,
+        ),  # two answers: ambiguous
+    ],
+)
+async def test_rule_judge_wants_named_cited_linked_steps(message: str, events: list[ToolEvent], rubric: float) -> None:
+    (verdict,) = await score(WORLD, RuleJudge(), rollout(message, events))
+    assert verdict.parts["rubric"] == rubric and not verdict.status
+
+
+async def test_rule_judge_follows_the_agents_own_entities() -> None:
+    lie = EXPERT.replace("Gupezo", "Ulo")
+    (verdict,) = await score(
+        WORLD, RuleJudge(), rollout(lie, [BADOKIRU, page("Lomitave", "Lomitave's mentor is Ulo.")]), lazy_rubrics=False
+    )
+    assert (verdict.parts["outcome"], verdict.parts["rubric"]) == (0.0, 1.0)
+
+
+async def test_explanation_and_answer_must_agree() -> None:
+    (verdict,) = await score(
+        WORLD,
+        RuleJudge(),
+        rollout(EXPERT.replace("Answer\nGupezo", "Answer\nUlo"), [BADOKIRU, LOMITAVE]),
+        lazy_rubrics=False,
+    )
+    assert verdict.parts["rubric"] == 0.0
+
+
+async def test_without_identification_placeholders_stay_open() -> None:
+    message = "[1](Badokiru) [2](Lomitave)\n\n## Exact Answer\nGupezo"
+    (named,) = await score(WORLD, RuleJudge(), rollout(message, [BADOKIRU, LOMITAVE]))
+    (free,) = await score(WORLD, RuleJudge(), rollout(message, [BADOKIRU, LOMITAVE]), identification=False)
+    assert (named.parts["rubric"], free.parts["rubric"]) == (0.0, 1.0)
+
+
+async def test_rule_judge_never_guesses_in_an_open_world() -> None:
+    (verdict,) = await score(FIGURE, RuleJudge(), rollout(CITED, [page("seen", "text")]))
+    assert verdict.masked and verdict.causes == {"rubric": "no_oracle"}
+    reply = await RuleJudge().ask(
+        identify_request(Task("t", "q", rubrics=("<E0> is.",), oracle={"statements": [1]}), "m")
+    )
+    assert (reply.status, reply.cause) == (Status.unavailable, "bad_oracle")
+
+
+# --------------------------------------------------------------------------------------------------------- properties
+
+graphs = st.lists(
+    st.sets(st.sampled_from(["E0", "E1", "E2", "E3", "E4"]), max_size=3).map(sorted), min_size=1, max_size=8
+)
+
+
+@given(graphs, st.data())
+def test_reward_is_bounded_and_monotone_in_support(entities: list[list[str]], data: st.DataObject) -> None:
+    indices = st.sets(st.integers(0, len(entities) - 1))
+    few = data.draw(indices)
+    more = few | data.draw(indices)
+    assert 0 <= rubric_reward(entities, few) <= rubric_reward(entities, more) <= len(more) / len(entities) <= 1
+    assert rubric_reward(entities, few, connectivity=False) == len(few) / len(entities)
+
+
+@given(graphs, st.data())
+def test_reward_does_not_depend_on_names(entities: list[list[str]], data: st.DataObject) -> None:
+    order = data.draw(st.permutations(["E1", "E2", "E3", "E4"]))
+    rename = dict(zip(["E1", "E2", "E3", "E4"], order, strict=True)) | {"E0": "E0"}
+    supported = data.draw(st.sets(st.integers(0, len(entities) - 1)))
+    assert rubric_reward(entities, supported) == rubric_reward(
+        [[rename[e] for e in found] for found in entities], supported
+    )
+
+
+@given(graphs, st.data())
+def test_reward_is_zero_without_the_answer(entities: list[list[str]], data: st.DataObject) -> None:
+    supported = {i for i in data.draw(st.sets(st.integers(0, len(entities) - 1))) if "E0" not in entities[i]}
+    assert rubric_reward(entities, supported) == 0.0
+
+
+@given(st.dictionaries(st.sampled_from(["E0", "E1", "x"]), st.one_of(st.none(), st.text(max_size=5), st.integers())))
+def test_identities_are_exact_or_nothing(value: dict) -> None:
+    names = read_identities(value, ["E0", "E1"])
+    fits = set(value) == {"E0", "E1"} and all(v is None or isinstance(v, str) for v in value.values())
+    assert (names is not None) == fits
+    assert names is None or all(name is None or name.strip() for name in names.values())
+
+
+def test_support_is_exact_or_nothing() -> None:
+    assert read_support({"S2": False, "S1": True}, 2) == [True, False]
+    for bad in (
+        {"S1": True},
+        {"S1": True, "S2": None},
+        {"S1": True, "S2": 0},
+        {"S1": True, "S2": True, "S3": True},
+        None,
+        [True, True],
+    ):
+        assert read_support(bad, 2) is None
+
+
+async def test_every_expert_of_the_synthetic_world_is_fully_supported() -> None:
+    config = ScriptConfig()
+    for script in itertools.islice(scripts(config, seed=3), 48):
+        *steps, final = script.steps
+        assert isinstance(final, str)
+        events = [event for step in steps if not isinstance(step, str) for event in step]
+        (verdict,) = await score(script.task, RuleJudge(), rollout(final.partition("</think>")[2].strip(), events))
+        assert (verdict.parts["outcome"], verdict.parts["rubric"]) == (1.0, 1.0), final
