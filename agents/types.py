@@ -238,7 +238,8 @@ class SeenKind(StrEnum):
 
     snippet = "snippet"
     page = "page"
-    find = "find"
+    match = "match"
+    """Result of a find."""
 
 
 @dataclass(frozen=True)
@@ -691,7 +692,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _freeze_arrays(record: Any, **dtypes: type) -> None:
     for name, dtype in dtypes.items():
-        array = np.array(getattr(record, name), dtype=dtype)
+        array: np.ndarray = np.array(getattr(record, name), dtype=dtype)
         _require(array.ndim == 1, f"{type(record).__name__}.{name} is not one-dimensional")
         array.setflags(write=False)
         object.__setattr__(record, name, array)

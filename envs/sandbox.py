@@ -249,7 +249,7 @@ class Session:
             shown.append(context)
         if not blocks:
             return "No matches found.", ()
-        return "\n\n".join(blocks), (Seen(page.id, "\n\n".join(shown), SeenKind.find, page.title, _date(page)),)
+        return "\n\n".join(blocks), (Seen(page.id, "\n\n".join(shown), SeenKind.match, page.title, _date(page)),)
 
     def _candidates(self, wanted: str | int) -> list[str]:
         """Ids an agent may mean, best first: an id as shown, an id in brackets or quotes, an index of the last search."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from agents.text import canonical_id, citations, cut_references
 from agents.types import Seen, SeenKind, ToolEvent
 
-_ORDER = (SeenKind.snippet, SeenKind.page, SeenKind.find)
+_ORDER = (SeenKind.snippet, SeenKind.page, SeenKind.match)
 """Search snippets first, then opened text, then find results (spec 3.2)."""
 
 

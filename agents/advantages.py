@@ -1,0 +1,321 @@
+"""From the verdicts of a group to advantages, and from a group to the learner's samples.
+
+Invariants:
+- A masked member (its verdict is unavailable, or infrastructure ended it) gets no sample and leaves the baseline of
+  its group: means, spreads and maxima are taken over the remaining members.
+- Rewards that are all equal give advantages of exactly 0, and so does a group of one.
+- The loss mask is the policy's own tokens of the turns from `Member.first_turn` on; observations are never in it.
+
+Sources: GRPO, Dr.GRPO and RLOO as commonly stated; C-GRPO: CaRR paper, section 4 (reward) with the variants that its
+released code runs. numpy only. Axis suffix: G members of one group.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from agents.types import Group, Member, RecordError, Sample, Status, StopReason, Turn
+
+VOID_STOPS = (StopReason.malformed, StopReason.context_full, StopReason.turn_limit)
+"""Ill-formed or over-long endings: C-GRPO's reward is 0."""
+
+
+@dataclass
+class AdvantageConfig:
+    """How rewards of a group become advantages."""
+
+    name: str = "grpo"
+    """One of ADVANTAGES: grpo, dr_grpo, rloo, c_grpo."""
+    eps: float = 1e-6
+    """Added to the standard deviation (grpo, c_grpo)."""
+    alpha: float = 0.3
+    """c_grpo: share of the rubric in the reward."""
+    normalise: str = "group"
+    """c_grpo: rubric reward divided by the best of the `group` (paper), of the `correct` ones, or `raw` (released code)."""
+    correct_only: bool = True
+    """c_grpo: the rubric counts for correct rollouts only (paper); false is the all-rollouts ablation."""
+    drop_zero_spread: bool = False
+    """Make no samples of a group whose rewards are all equal (DAPO's filter). They carry no gradient in any case."""
+
+    def check(self) -> None:
+        """Raises ValueError, one line, for a value outside its range."""
+        if self.name not in ADVANTAGES:
+            raise ValueError(f"advantage.name {self.name!r} is unknown; one of {', '.join(sorted(ADVANTAGES))}")
+        if self.normalise not in ("group", "correct", "raw"):
+            raise ValueError(f"advantage.normalise {self.normalise!r} is unknown; one of group, correct, raw")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"advantage.alpha {self.alpha} is outside [0, 1]")
+        if self.eps < 0:
+            raise ValueError(f"advantage.eps {self.eps} is negative")
+
+
+@dataclass(frozen=True)
+class GroupStats:
+    """What happened to one group on its way to the learner. `summarise` adds many of them up."""
+
+    rewards_G: tuple[float, ...]
+    """Rewards the advantages were computed over; masked members are absent."""
+    parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Named verdict parts of the same members."""
+    masked: Mapping[str, int] = field(default_factory=dict)
+    """Members without a sample, by cause."""
+    zero_spread: bool = False
+    num_samples: int = 0
+    num_tokens: int = 0
+    """Tokens in the loss."""
+
+
+# -------------------------------------------------------------------------------------------------- advantages
+
+
+def grpo(rewards_G: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    """(r - mean) / (std + eps), std with n - 1. float64 [G]; exactly 0 when all rewards are equal."""
+    centred = dr_grpo(rewards_G, config)
+    if not centred.any():
+        return centred
+    return centred / (np.std(rewards_G, ddof=1) + config.eps)
+
+
+def dr_grpo(rewards_G: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    """r - mean, not divided by the spread. float64 [G].
+
+    Dr.GRPO also sums token losses and divides by a constant instead of by lengths: pair this with the learner's
+    `aggregation=constant`.
+    """
+    rewards_G = np.asarray(rewards_G, dtype=np.float64)
+    if _equal(rewards_G):
+        return np.zeros_like(rewards_G)  # the mean of equal numbers may miss them by a rounding error
+    return rewards_G - rewards_G.mean()
+
+
+def rloo(rewards_G: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    """r minus the mean of the others: G / (G - 1) * (r - mean). float64 [G]."""
+    centred = dr_grpo(rewards_G, config)
+    return centred * (len(centred) / (len(centred) - 1)) if len(centred) > 1 else centred
+
+
+ADVANTAGES: dict[str, Callable[[np.ndarray, AdvantageConfig], np.ndarray]] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "c_grpo": grpo,
+}
+"""By name: rewards [G] -> advantages [G]. `c_grpo` is grpo over the C-GRPO reward (see GROUP_REWARDS)."""
+
+
+# ------------------------------------------------------------------------------------------------------ rewards
+
+
+def cgrpo_rewards(
+    outcome_G: Sequence[float] | np.ndarray,
+    rubric_G: Sequence[float] | np.ndarray,
+    alpha: float = 0.3,
+    normalise: str = "group",
+    correct_only: bool = True,
+    void_G: Sequence[bool] | np.ndarray | None = None,
+) -> np.ndarray:
+    """C-GRPO's reward (1 - a) R_o + a R_o Rhat_r with Rhat_r = R_r / max_j R_r(j), 0 when the maximum is 0.
+
+    `normalise`: the maximum is over the `group` (paper), over `correct` rollouts only, or there is none (`raw`, what the
+    released code computes). `correct_only=False` is the ablation in which every rollout earns its rubric: a Rhat_r.
+    `void_G` marks ill-formed or over-long rollouts: reward 0, and no part in the maximum. float64 [G].
+    """
+    outcome = np.asarray(outcome_G, dtype=np.float64)
+    rubric = np.asarray(rubric_G, dtype=np.float64)
+    live = np.ones(len(outcome), dtype=bool) if void_G is None else ~np.asarray(void_G, dtype=bool)
+    if normalise == "raw":
+        scale = 1.0
+    elif normalise in ("group", "correct"):
+        counted = rubric[live & (outcome > 0)] if normalise == "correct" else rubric[live]
+        scale = float(counted.max(initial=0.0))
+    else:
+        raise ValueError(f"advantage.normalise {normalise!r} is unknown; one of group, correct, raw")
+    # A wrong rollout may beat the best correct one: its share stays at most 1.
+    share = np.minimum(rubric / scale, 1.0) if scale > 0 else np.zeros_like(rubric)
+    rewards = (1 - alpha) * outcome + alpha * (outcome * share if correct_only else share)
+    return np.where(live, rewards, 0.0)
+
+
+def _verdict_rewards(members: Sequence[Member], config: AdvantageConfig) -> np.ndarray:
+    return np.array([m.trajectory.verdict.reward for m in members if m.trajectory.verdict], dtype=np.float64)
+
+
+def _cgrpo_rewards(members: Sequence[Member], config: AdvantageConfig) -> np.ndarray:
+    parts = [m.trajectory.verdict.parts for m in members if m.trajectory.verdict]
+    for member, found in zip(members, parts, strict=True):
+        missing = {"outcome", "rubric"} - set(found)
+        if missing:
+            raise RecordError(
+                f"c_grpo needs the verdict parts outcome and rubric; {member.trajectory.identity.uid} lacks"
+                f" {', '.join(sorted(missing))}: use the reward 'carr', or another advantage"
+            )
+    return cgrpo_rewards(
+        [p["outcome"] for p in parts],
+        [p["rubric"] for p in parts],
+        config.alpha,
+        config.normalise,
+        config.correct_only,
+        [m.trajectory.stop in VOID_STOPS for m in members],
+    )
+
+
+GROUP_REWARDS: dict[str, Callable[[Sequence[Member], AdvantageConfig], np.ndarray]] = {"c_grpo": _cgrpo_rewards}
+"""By advantage name: rewards recombined from verdict parts over the group. Not named here: `Verdict.reward` itself."""
+
+
+# ------------------------------------------------------------------------------------------------------- groups
+
+
+def masked_cause(member: Member) -> str:
+    """Why a member must leave loss and baseline; empty when it stays. Raises RecordError for an unscored member."""
+    trajectory = member.trajectory
+    if trajectory.stop.infrastructure:
+        return str(trajectory.stop)
+    if trajectory.verdict is None:
+        raise RecordError(f"{trajectory.identity.uid} has not been scored; score the group before computing advantages")
+    if trajectory.verdict.masked:
+        part = next(p for p, s in trajectory.verdict.status.items() if s is Status.unavailable)
+        return trajectory.verdict.causes.get(part) or f"{part}_unavailable"
+    return ""
+
+
+def group_rewards(group: Group, config: AdvantageConfig) -> list[float | None]:
+    """The reward each member's advantage is computed from; None for masked members."""
+    kept = [i for i, m in enumerate(group.members) if not masked_cause(m)]
+    compute = GROUP_REWARDS.get(config.name, _verdict_rewards)
+    rewards: list[float | None] = [None] * len(group.members)
+    for i, reward in zip(kept, compute([group.members[i] for i in kept], config), strict=True):
+        rewards[i] = float(reward)
+    return rewards
+
+
+def group_advantages(group: Group, config: AdvantageConfig) -> list[float | None]:
+    """One advantage per member, in order; None for masked members. Raises ValueError for an unknown advantage."""
+    return _advantages(group_rewards(group, config), config)
+
+
+def _advantages(rewards: Sequence[float | None], config: AdvantageConfig) -> list[float | None]:
+    config.check()
+    kept = [i for i, r in enumerate(rewards) if r is not None]
+    advantages: list[float | None] = [None] * len(rewards)
+    if kept:
+        values = ADVANTAGES[config.name](np.array([rewards[i] for i in kept], dtype=np.float64), config)
+        for i, value in zip(kept, values, strict=True):
+            advantages[i] = float(value)
+    return advantages
+
+
+def to_samples(group: Group, config: AdvantageConfig) -> tuple[list[Sample], GroupStats]:
+    """A scored group as the learner's samples, one per member that stays, and what happened on the way.
+
+    Members of a group share their tokens up to the first trainable turn when those are equal (`prefix_id`,
+    `prefix_len`): a learner may compute them once.
+    """
+    rewards = group_rewards(group, config)
+    advantages = _advantages(rewards, config)
+    kept = np.array([r for r in rewards if r is not None], dtype=np.float64)
+    zero_spread = _equal(kept)
+    masked: Counter[str] = Counter()
+    parts: dict[str, list[float]] = {}
+    samples: list[Sample] = []
+    prefixes = [_given_prefix(m) for m in group.members]
+    shared = all(np.array_equal(p, prefixes[0]) for p in prefixes)
+    for index, (member, reward, advantage) in enumerate(zip(group.members, rewards, advantages, strict=True)):
+        if reward is None or advantage is None:
+            masked[masked_cause(member)] += 1
+            continue
+        if member.trajectory.verdict:
+            for name, value in member.trajectory.verdict.parts.items():
+                parts.setdefault(name, []).append(value)
+        if zero_spread and config.drop_zero_spread:
+            continue
+        sample = _sample(group.id, index, member, reward, advantage, len(prefixes[index]) if shared else 0)
+        if sample.mask.any():
+            samples.append(sample)
+        else:
+            masked["no_policy_tokens"] += 1
+    stats = GroupStats(
+        tuple(kept.tolist()),
+        {name: tuple(values) for name, values in parts.items()},
+        dict(masked),
+        zero_spread,
+        len(samples),
+        sum(int(s.mask.sum()) for s in samples),
+    )
+    return samples, stats
+
+
+def batch_samples(groups: Sequence[Group], config: AdvantageConfig) -> tuple[list[Sample], dict[str, float]]:
+    """`to_samples` over a batch of groups: all samples, and the summary of `summarise`."""
+    made = [to_samples(group, config) for group in groups]
+    return [s for samples, _ in made for s in samples], summarise([stats for _, stats in made])
+
+
+def summarise(stats: Sequence[GroupStats]) -> dict[str, float]:
+    """Flat metrics of a batch: reward/mean, reward/std, reward/<part>, masked/<cause>, masked/share, groups/..."""
+    rewards = [r for s in stats for r in s.rewards_G]
+    out: dict[str, float] = {
+        "groups/count": len(stats),
+        "groups/zero_spread": sum(s.zero_spread for s in stats),
+        "groups/samples": sum(s.num_samples for s in stats),
+        "groups/trained_tokens": sum(s.num_tokens for s in stats),
+    }
+    if rewards:
+        out["reward/mean"] = float(np.mean(rewards))
+        out["reward/std"] = float(np.std(rewards))
+    for name in sorted({name for s in stats for name in s.parts}):
+        out[f"reward/{name}"] = float(np.mean([v for s in stats for v in s.parts.get(name, ())]))
+    masked: Counter[str] = Counter()
+    for s in stats:
+        masked.update(s.masked)
+    out.update({f"masked/{cause}": float(count) for cause, count in sorted(masked.items())})
+    members = len(rewards) + sum(n for cause, n in masked.items() if cause != "no_policy_tokens")
+    out["masked/share"] = sum(masked.values()) / members if members else 0.0
+    return out
+
+
+def _sample(group_id: str, index: int, member: Member, reward: float, advantage: float, prefix_len: int) -> Sample:
+    trajectory = member.trajectory
+    token_ids, sampled = trajectory.token_ids, trajectory.mask
+    mask = sampled.copy()
+    mask[: _num_tokens(trajectory.turns[: member.first_turn])] = 0
+    in_loss = mask == 1
+    uid = trajectory.identity.uid
+    rollout_id = f"{uid.task}/{uid.group}/{uid.attempt}"
+    if member.first_turn:  # candidates of one step share their attempt
+        rollout_id += f"/{group_id}#{index}"
+    return Sample(
+        token_ids=token_ids,
+        mask=mask,
+        logprobs=trajectory.logprobs,
+        advantages=np.where(in_loss, advantage, 0.0),
+        versions=trajectory.versions_T,
+        temperatures=np.where(sampled == 1, trajectory.identity.sampling.temperature, 1.0),
+        group_id=group_id,
+        rollout_id=rollout_id,
+        reward=reward,
+        prefix_id=group_id if prefix_len else "",
+        prefix_len=prefix_len,
+    )
+
+
+def _given_prefix(member: Member) -> np.ndarray:
+    """Tokens before the first one that this member may train."""
+    turns = member.trajectory.turns
+    end = member.first_turn
+    while end < len(turns) and not turns[end].mask.any():
+        end += 1
+    return np.concatenate([t.token_ids for t in turns[:end]]) if end else np.zeros(0, dtype=np.int32)
+
+
+def _num_tokens(turns: Sequence[Turn]) -> int:
+    return sum(len(t.token_ids) for t in turns)
+
+
+def _equal(rewards_G: np.ndarray) -> bool:
+    """True when there is nothing to tell members apart: equal to the last bit, one member, or none."""
+    return len(rewards_G) < 2 or bool(rewards_G.max() == rewards_G.min())

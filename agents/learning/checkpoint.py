@@ -1,0 +1,160 @@
+"""Checkpoints of the learner: whole or absent, checked when read.
+
+Invariants: a checkpoint folder appears by one rename, after all its files are on disk; its `manifest.json` holds the size and
+sha256 of every file; a damaged file is named before anything is loaded. The folder is a Hugging Face model directory (config,
+safetensors with adapters merged, tokenizer), so it can be evaluated or warm-started from as it stands; `trainer.pt` holds
+the rest (optimiser, random state, adapters) and is read with weights_only, so it can run no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from agents.learning.learner import Learner
+
+FORMAT = 1
+MANIFEST, TRAINER, WEIGHTS, EXTRA = "manifest.json", "trainer.pt", "model.safetensors", "extra.json"
+MEND = "remove this folder and resume from an earlier checkpoint"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message is one line that names the file and how to mend it."""
+
+
+def save_checkpoint(
+    path: str | Path,
+    learner: Learner,
+    tokenizer_dir: str | Path | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a checkpoint folder. Every rank calls it (weights are gathered); the first rank writes.
+
+    `tokenizer_dir`: model directory whose tokenizer files are copied. `extra`: JSON values of the caller's own. A folder
+    that stood at `path` is replaced.
+    """
+    path = Path(path)
+    state = learner.state_dict()
+    weights = {name: w.cpu().contiguous() for name, w in learner.weights()}
+    if not dist.is_initialized() or dist.get_rank(learner.group) == 0:
+        if learner.config.lora.rank == 0:
+            state.pop("model")  # the weight file has it all
+        draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        try:
+            save_file(weights, str(draft / WEIGHTS), metadata={"format": "pt"})
+            learner.model.hf.config.save_pretrained(str(draft))
+            torch.save(state, draft / TRAINER)
+            (draft / EXTRA).write_text(json.dumps(dict(extra or {}), indent=1), encoding="utf-8")
+            for pattern in TOKENIZER_FILES if tokenizer_dir is not None else ():
+                for file in sorted(Path(str(tokenizer_dir)).glob(pattern)):
+                    shutil.copyfile(file, draft / file.name)
+            write_manifest(draft, {"batches": learner.batches})
+            _publish(draft, path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    if dist.is_initialized():
+        dist.barrier(learner.group)
+    return path
+
+
+def load_checkpoint(path: str | Path, learner: Learner) -> dict[str, Any]:
+    """Puts a checkpoint's state into the learner and returns the caller's `extra`. Every rank calls it.
+
+    Raises CheckpointError for a folder that is missing, incomplete or damaged, or that does not fit the learner's model.
+    The learner is untouched in all those cases.
+    """
+    path = Path(path)
+    verify_checkpoint(path)
+    try:
+        state = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
+        if "model" not in state:
+            state["model"] = {f"hf.{name}": w for name, w in load_file(str(path / WEIGHTS)).items()}
+        learner.load_state_dict(state)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    value = json.loads((path / EXTRA).read_text(encoding="utf-8"))
+    return dict(value)
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
+    """Lists every file of the folder with size and sha256, beside what the caller says about it."""
+    files = {
+        str(f.relative_to(folder)): {"bytes": f.stat().st_size, "sha256": _sha256(f)}
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and f.name != MANIFEST
+    }
+    text = json.dumps({"format": FORMAT, **about, "files": files}, indent=1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def verify_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The manifest, after every file was compared with it. Raises CheckpointError, one line, naming the first bad file."""
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint folder; look for the folders beside it")
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path}: {MANIFEST} is missing, so this is not a whole checkpoint; {MEND}")
+    try:
+        manifest = dict(json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+        files = dict(manifest["files"])
+        listed = [(name, int(about["bytes"]), str(about["sha256"])) for name, about in files.items()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged (not the expected JSON); {MEND}") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: checkpoint format {manifest.get('format')}; this version reads format {FORMAT}")
+    for name, size, digest in listed:
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; {MEND}")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} is damaged ({file.stat().st_size} bytes instead of {size}); {MEND}")
+        if _sha256(file) != digest:
+            raise CheckpointError(f"{file} is damaged (its sha256 differs from {MANIFEST}); {MEND}")
+    return manifest
+
+
+def _publish(draft: Path, path: Path) -> None:
+    for file in draft.rglob("*"):
+        _fsync(file)
+    _fsync(draft)
+    if path.exists():  # a folder cannot be renamed over a full one: set the old one aside first
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        os.rename(path, old)
+        os.rename(draft, path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(draft, path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,141 @@
+"""What the learner can be told. Plain dataclasses with defaults for the tiny policy; recipes override them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class LossConfig:
+    """The policy loss. Names of the three policies it speaks of are defined in `agents.learning.loss`."""
+
+    name: str = "clipped"
+    """One of LOSSES."""
+    clip_low: float = 0.2
+    """rho is clipped below at 1 - clip_low."""
+    clip_high: float = 0.28
+    """rho is clipped above at 1 + clip_high (clip-higher)."""
+    dual_clip: float = 0.0
+    """Bound c on the loss of tokens with a negative advantage: at most -A * c. 0 turns it off; 3 is usual."""
+    old: str = "learner"
+    """Proximal policy: `learner` (its weights when the batch arrived) or `rollout` (the sampler's own log-probs)."""
+    mismatch: str = "tis"
+    """Weight w for sampler/learner mismatch: `tis` (cut at tis_cap), `icepop` (dropped outside a window) or `none`."""
+    tis_cap: float = 2.0
+    """Largest w under tis."""
+    icepop_low: float = 0.5
+    """Tokens with w below this are dropped under icepop."""
+    icepop_high: float = 2.0
+    """Tokens with w above this are dropped under icepop."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference policy (k3 estimator); needs aux `ref_logprobs` when above 0."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    def check(self) -> None:
+        """Raises ValueError, one line, for a value outside its range."""
+        _one_of("loss.old", self.old, ("learner", "rollout"))
+        _one_of("loss.mismatch", self.mismatch, ("tis", "icepop", "none"))
+        for name in ("clip_low", "clip_high", "dual_clip", "kl_coef", "entropy_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name} {getattr(self, name)} is negative")
+        if 0 < self.dual_clip <= 1:
+            raise ValueError(f"loss.dual_clip {self.dual_clip} must be above 1, or 0 to turn it off")
+        if self.tis_cap <= 0:
+            raise ValueError(f"loss.tis_cap {self.tis_cap} is not positive")
+        if not 0 <= self.icepop_low < self.icepop_high:
+            raise ValueError(f"loss.icepop window [{self.icepop_low}, {self.icepop_high}] is empty")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters instead of full weights."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains all weights."""
+    alpha: float = 32.0
+    """The adapter's product is scaled by alpha / rank."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Linear layers that get an adapter, by the last part of their name."""
+
+
+@dataclass
+class LearnerConfig:
+    """Optimiser, batching and precision of one learner."""
+
+    lr: float = 3e-4
+    """Peak learning rate. 3e-4 is stable for about 1 M parameters, 1e-3 is not; billions want about 1e-6."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    """AdamW moment decays."""
+    adam_eps: float = 1e-8
+    """AdamW epsilon."""
+    weight_decay: float = 0.1
+    """AdamW decay of matrices; norms and biases are not decayed."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off (the norm is logged all the same)."""
+    schedule: str = "constant"
+    """Learning rate after warm-up: `constant`, or `linear` down to 0 at total_steps."""
+    warmup_steps: int = 0
+    """Batches over which the learning rate rises linearly from 0."""
+    total_steps: int = 0
+    """Batches of the run; needed by the linear schedule only."""
+    minibatches: int = 1
+    """Optimiser steps per batch. Above 1 the proximal log-probs are computed before the first step."""
+    max_tokens_per_microbatch: int = 2048
+    """Token budget, padding included, of a forward and backward pass; a longer sequence runs alone. Small fits CPU caches."""
+    layout: str = "auto"
+    """`padded` rows of like length, `packed` (sequences end to end behind a block mask), `auto` picks by attention."""
+    aggregation: str = "token_mean"
+    """`token_mean` over the whole batch, `sequence_mean` (mean over rollouts of token means) or `constant` (Dr.GRPO)."""
+    constant_length: int = 1024
+    """Token count that `aggregation=constant` divides each rollout's summed loss by."""
+    skip_zero_advantage: bool = True
+    """Sequences that cannot have a gradient run forward only (for the metrics). Changes no gradient."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    dtype: str = "auto"
+    """Arithmetic: float32 or bfloat16; auto is float32 on CPU, bfloat16 on GPU. Weights and AdamW stay float32."""
+    attention: str = "sdpa"
+    """Attention implementation as transformers names it."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass: less memory, about a third more time."""
+    logit_elements: int = 1 << 24
+    """Most entries of one [tokens, vocab] float32 block; larger heads are computed in chunks."""
+    threads: int = 0
+    """CPU threads of torch in the learner's process; 0 leaves torch's own choice."""
+    seed: int = 0
+    """Seeds adapters and the order of minibatches."""
+
+    def check(self) -> None:
+        """Raises ValueError, one line, for a value outside its range."""
+        _one_of("learner.schedule", self.schedule, ("constant", "linear"))
+        _one_of("learner.layout", self.layout, ("auto", "padded", "packed"))
+        _one_of("learner.aggregation", self.aggregation, ("token_mean", "sequence_mean", "constant"))
+        _one_of("learner.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        if self.lr < 0:
+            raise ValueError(f"learner.lr {self.lr} is negative")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"learner.betas {list(self.betas)} must be two numbers in [0, 1)")
+        if self.schedule == "linear" and self.total_steps <= self.warmup_steps:
+            raise ValueError("learner.schedule=linear needs learner.total_steps above learner.warmup_steps")
+        for name in ("minibatches", "max_tokens_per_microbatch", "constant_length", "logit_elements"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"learner.{name} {getattr(self, name)} is not positive")
+        self.loss.check()
+
+
+def learning_rate(batch: int, config: LearnerConfig) -> float:
+    """Learning rate of the batch with this index (from 0)."""
+    if batch < config.warmup_steps:
+        return config.lr * (batch + 1) / config.warmup_steps
+    if config.schedule == "linear":
+        left = (config.total_steps - batch) / (config.total_steps - config.warmup_steps)
+        return config.lr * min(1.0, max(0.0, left))
+    return config.lr
+
+
+def _one_of(where: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{where} {value!r} is unknown; one of {', '.join(known)}")

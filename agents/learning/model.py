@@ -1,0 +1,214 @@
+"""The policy as the learner holds it: a Hugging Face causal language model that returns log-probs of chosen tokens.
+
+Invariants: weights are float32 (bfloat16 is arithmetic only, by autocast or FSDP's mixed precision), so small updates are
+not lost; there is no dropout, so two passes agree; only safetensors are read, never pickles; published names and shapes
+are those of the checkpoint, whatever the learner does inside (adapters, shards).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from agents.learning.config import LearnerConfig
+from agents.learning.logprobs import token_logprobs
+from agents.learning.lora import LoraLinear, apply_lora, merge
+from agents.learning.packing import MicroBatch
+
+
+class ModelError(ValueError):
+    """A model directory cannot be used; the message is one line and says how to mend it."""
+
+
+class PolicyModel(nn.Module):
+    """A causal language model whose forward pass gives log-probs and entropies of the trained tokens of a micro-batch.
+
+    The head runs inside `forward`, on gathered positions and in chunks, so that it works under FSDP and a
+    [tokens, vocab] matrix never exists for the whole batch.
+    """
+
+    def __init__(self, hf: nn.Module, config: LearnerConfig | None = None) -> None:
+        super().__init__()
+        config = config or LearnerConfig()
+        self.hf = hf
+        self.logit_elements = config.logit_elements
+        self.compute_dtype = _compute_dtype(config, next(hf.parameters()))
+        self.autocast = self.compute_dtype is not torch.float32
+        """Turned off when FSDP's mixed precision does the casting."""
+        _drop_dropout(hf)
+        if getattr(hf.config, "final_logit_softcapping", None):
+            raise ModelError("models with final_logit_softcapping are not supported; choose a model without it")
+        if config.lora.rank > 0:
+            apply_lora(hf, config.lora, config.seed)
+        if config.gradient_checkpointing:
+            hf.gradient_checkpointing_enable({"use_reentrant": False})
+        hf.train()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def packs(self) -> bool:
+        """True when the attention implementation has kernels for sequences end to end."""
+        return "flash" in (self.hf.config._attn_implementation or "")
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """log-probs at the sampling temperature, and entropies, of the trained tokens: float32 [N] each."""
+        device = batch.token_ids.device
+        context: Any = torch.autocast(device.type, self.compute_dtype) if self.autocast else nullcontext()
+        with context:
+            kwargs: dict[str, Any] = {}
+            if batch.packed:
+                kwargs["position_ids"] = batch.position_ids
+                if not self.packs:
+                    kwargs["attention_mask"] = self._block_mask(batch)
+            hidden = self.hf.base_model(input_ids=batch.token_ids, use_cache=False, **kwargs).last_hidden_state
+            head = self.hf.get_output_embeddings()
+            chosen = hidden.flatten(0, 1).index_select(0, batch.source)
+            logprobs, entropies = token_logprobs(
+                chosen, head.weight, getattr(head, "bias", None), batch.target, batch.temperatures, self.logit_elements
+            )
+        if not len(batch.target):  # a dummy pass: hidden states must still have a gradient path
+            logprobs = logprobs + hidden.sum().float() * 0
+        return logprobs, entropies
+
+    def _block_mask(self, batch: MicroBatch) -> Tensor | None:
+        mask = batch.attention_mask()
+        if mask is None or self.hf.config._attn_implementation == "sdpa":
+            return mask
+        # Attention written out in full adds its mask to the scores.
+        dtype = self.compute_dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def load_model(
+    path: str | Path, config: LearnerConfig | None = None, device: str | torch.device = "cpu"
+) -> PolicyModel:
+    """The policy of a model directory (config.json, *.safetensors, tokenizer.json).
+
+    Raises ModelError, one line, when the directory is missing, a weight file is damaged or incomplete, or the tokenizer
+    has more tokens than the model has embeddings. Never touches the network and never runs code from the directory.
+    """
+    config = config or LearnerConfig()
+    path = Path(path)
+    check_model_dir(path)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        hf, report = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=torch.float32, attn_implementation=config.attention, local_files_only=True,
+            use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{path}: the model does not load: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise ModelError(f"{path}: {len(names)} weight(s) are missing, first {names[0]}; copy the whole model again")
+    hf.to(device)
+    return PolicyModel(hf, config)
+
+
+def check_model_dir(path: str | Path) -> None:
+    """Raises ModelError for what is wrong with a model directory; reads headers only, no weights."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such model directory; give a folder with config.json and *.safetensors")
+    model_config = _read_json(path / "config.json")
+    if model_config is None:
+        raise ModelError(f"{path}: config.json is missing; give a folder with config.json and *.safetensors")
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{path}: no *.safetensors file; convert the weights to safetensors, pickles are not read")
+    for file in files:
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                list(opened.keys())
+        except Exception as error:  # safetensors raises its own class, and OSError
+            raise ModelError(
+                f"{file}: the weight file is damaged ({_first_line(error)}); copy it again, or take an earlier checkpoint"
+            ) from error
+    rows = model_config.get("vocab_size") or (model_config.get("text_config") or {}).get("vocab_size")
+    tokenizer = _read_json(path / "tokenizer.json")
+    if tokenizer is not None and rows is not None:
+        num_ids = _num_token_ids(tokenizer)
+        if num_ids > rows:
+            raise ModelError(
+                f"{path}: tokenizer does not fit the model: it has ids up to {num_ids - 1}, the model {rows} embeddings;"
+                " use the tokenizer the model was trained with"
+            )
+
+
+def named_weights_for_publish(model: PolicyModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) in the checkpoint's own names: adapters merged, shards gathered, a tied head left out.
+
+    Under FSDP every rank must run through the whole iterator (each step gathers). Tensors are detached and share
+    memory with the model where nothing had to be computed: copy before changing the model.
+    """
+    adapted = {
+        f"{name}.base.weight": module for name, module in model.hf.named_modules() if isinstance(module, LoraLinear)
+    }
+    tied = bool(getattr(model.hf.config, "tie_word_embeddings", False))
+    for name, parameter in model.hf.named_parameters():  # yields shared parameters once
+        if ".lora_" in name or (tied and name == "lm_head.weight"):
+            continue
+        weight = full(parameter)
+        if name in adapted:
+            module = adapted[name]
+            weight = merge(weight, full(module.lora_a), full(module.lora_b), module.scale)
+        yield name.replace(".base.", "."), weight if dtype is None else weight.to(dtype)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor, detached; gathers a shard (a collective)."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _compute_dtype(config: LearnerConfig, parameter: Tensor) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if parameter.device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def _drop_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({_first_line(error)}); copy it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object; copy it again")
+    return value
+
+
+def _num_token_ids(tokenizer: dict[str, Any]) -> int:
+    """One more than the largest id of a tokenizer.json."""
+    model = tokenizer.get("model") or {}
+    vocab = model.get("vocab") or {}
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    ids += [added["id"] for added in tokenizer.get("added_tokens") or [] if "id" in added]
+    return max((i for i in ids if isinstance(i, int)), default=-1) + 1
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

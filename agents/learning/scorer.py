@@ -1,0 +1,64 @@
+"""Forward-only passes that give samples named per-token arrays: reference log-probs for the KL, proximal log-probs.
+
+Invariant: a scorer changes no weight and no random state; the arrays are 0 outside the loss mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from agents.learning import packing
+from agents.learning.model import PolicyModel
+from agents.learning.shard import is_sharded, max_over_ranks, settle
+from agents.types import Sample
+
+
+def score_logprobs(
+    model: PolicyModel,
+    samples: Sequence[Sample],
+    max_tokens: int = 2048,
+    *,
+    packed: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> list[np.ndarray]:
+    """log p of every trained token at its sampling temperature: per sample float32 [T], 0 elsewhere.
+
+    When the model is sharded all ranks call it together, each with its own samples.
+    """
+    out = [np.zeros(s.num_tokens, dtype=np.float32) for s in samples]
+    batches = packing.pack(samples, max_tokens, packed=packed)
+    if is_sharded(model):
+        most = int(max_over_ranks([len(batches)], model.device, group)[0])
+        batches += [packing.dummy()] * (most - len(batches))
+    with torch.no_grad():
+        for batch in batches:
+            logprobs = model(batch.to(model.device))[0].cpu().numpy()
+            for i in batch.samples:
+                out[i][samples[i].mask == 1] = logprobs[batch.sample_index.numpy() == i]
+    if batches:
+        settle(model)
+    return out
+
+
+def with_aux(sample: Sample, **arrays: np.ndarray) -> Sample:
+    """The sample with more named per-token arrays."""
+    return replace(sample, aux={**sample.aux, **arrays})
+
+
+class ReferenceScorer:
+    """Gives samples aux `ref_logprobs` under a frozen policy, for the KL to it."""
+
+    def __init__(self, model: PolicyModel, max_tokens: int = 2048) -> None:
+        self.model = model.requires_grad_(False)
+        self.max_tokens = max_tokens
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples with `ref_logprobs`; those that have it already are kept as they are."""
+        todo = [s for s in samples if "ref_logprobs" not in s.aux]
+        scored = dict(zip(map(id, todo), score_logprobs(self.model, todo, self.max_tokens), strict=True))
+        return [with_aux(s, ref_logprobs=scored[id(s)]) if id(s) in scored else s for s in samples]
