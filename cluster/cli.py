@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, help: str, run: Callable[[argparse.Namespace], int], config: bool = True) -> argparse.ArgumentParser:
+    def add(
+        name: str, help: str, run: Callable[[argparse.Namespace], int], config: bool = True
+    ) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         made.set_defaults(run=run, takes_overrides=config)
         if config:
@@ -56,9 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
     train = add("train", "train as a config says", _train)
     train.add_argument("--dry-run", action="store_true", help="check config and machine, then stop")
     submit = add("submit", "run the same training as a job on a Ray cluster", _submit)
-    submit.add_argument("--address", default="", help="dashboard of the cluster (default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)")
+    submit.add_argument(
+        "--address",
+        default="",
+        help="dashboard of the cluster (default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)",
+    )
     submit.add_argument("--no-wait", action="store_true", help="submit, print the job's id, do not follow its log")
-    submit.add_argument("--python", default="", help="Python of the job on the cluster (default: `python`; this one when the cluster is local)")
+    submit.add_argument(
+        "--python",
+        default="",
+        help="Python of the job on the cluster (default: `python`; this one when the cluster is local)",
+    )
     add("eval", "evaluate the policy of a config on its held-out tasks", _eval)
     add("warmup", "make the tiny policy's checkpoint by supervised training", _warmup)
     report = add("report", "make the HTML page of a run", _report, config=False)
@@ -109,7 +119,10 @@ def _tell(error: Exception) -> int:
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):  # a job's own disk cannot be looked at later; its log can
         traceback.print_exc()
     where = _write_traceback()
-    print(f"gumshoe: error: {type(error).__name__}: {one_line(error)[:300]} (unexpected; details: {where})", file=sys.stderr)
+    print(
+        f"gumshoe: error: {type(error).__name__}: {one_line(error)[:300]} (unexpected; details: {where})",
+        file=sys.stderr,
+    )
     return 1
 
 

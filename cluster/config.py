@@ -119,7 +119,9 @@ def parse_overrides(overrides: Sequence[str]) -> _Source:
         values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
     except Exception as error:
         raise ConfigError(f"command line: cannot read {' '.join(overrides)!r}: {_first_line(error)}") from None
-    return _Source("command line", typing.cast(dict[str, Any], values), frozenset(t.partition("=")[0] for t in overrides))
+    return _Source(
+        "command line", typing.cast(dict[str, Any], values), frozenset(t.partition("=")[0] for t in overrides)
+    )
 
 
 def config_dict(config: Any) -> dict[str, Any]:
@@ -367,7 +369,12 @@ def _replace_mappings(node: Any, values: Any, hint: Any, whole: frozenset[str] |
     """A mapping that a source gives as a whole holds that source's keys alone; sections stay merged."""
     from omegaconf import DictConfig, open_dict
 
-    if not isinstance(node, DictConfig) or not isinstance(values, Mapping) or node._is_none() or node._is_interpolation():
+    if (
+        not isinstance(node, DictConfig)
+        or not isinstance(values, Mapping)
+        or node._is_none()
+        or node._is_interpolation()
+    ):
         return
     inner = _section(hint)
     if inner is None and (whole is None or prefix.rstrip(".") in whole):

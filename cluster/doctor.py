@@ -57,29 +57,46 @@ def examine_run(run_dir: Path) -> tuple[list[str], bool]:
         return [f"run {run_dir} {what}"], run_dir.is_dir()
     last, healthy = train[-1], True
     lines = [f"last step     {last['step']}, {short_time(max(0.0, _now() - last.get('time', 0.0)))} ago"]
-    shown = [f"{name} {last[key]:.3f}" for key, name in (("reward/mean", "reward"), ("success", "success")) if _is_number(last.get(key))]
+    shown = [
+        f"{name} {last[key]:.3f}"
+        for key, name in (("reward/mean", "reward"), ("success", "success"))
+        if _is_number(last.get(key))
+    ]
     if _is_number(last.get("tokens_per_s")):
         shown.append(f"{short_number(last['tokens_per_s'])} tokens/s")
     lines.append(f"              {', '.join(shown)}")
     admitted = last.get("ledger/admitted")
-    if _is_number(admitted):
+    if isinstance(admitted, (int, float)):
         names = ("running", "ready", "in_batch", "trained", "dropped")
         parts = {n: last.get(f"ledger/{n}") or 0 for n in names}
         balanced = abs(admitted - sum(parts.values())) < 0.5
         healthy = balanced
         text = " + ".join(f"{int(v)} {n.replace('_', ' ')}" for n, v in parts.items())
-        lines.append(f"ledger        {int(admitted)} admitted = {text}: {'balances' if balanced else 'DOES NOT BALANCE'}")
-    times = {k: [r[k] for r in train[-20:] if _is_number(r.get(k))] for k in last if k.startswith("time/") and k != "time/step_s"}
+        lines.append(
+            f"ledger        {int(admitted)} admitted = {text}: {'balances' if balanced else 'DOES NOT BALANCE'}"
+        )
+    times = {
+        k: [r[k] for r in train[-20:] if _is_number(r.get(k))]
+        for k in last
+        if k.startswith("time/") and k not in ("time/step_s", "time/elapsed_s")
+    }
     means = {k.removeprefix("time/").removesuffix("_s"): sum(v) / len(v) for k, v in times.items() if v}
     if means:
         slow = max(means, key=lambda k: means[k])
-        lines.append(f"slowest phase {slow}, {means[slow]:.2f} s of a step (mean of the last {min(20, len(train))} steps)")
+        lines.append(
+            f"slowest phase {slow}, {means[slow]:.2f} s of a step (mean of the last {min(20, len(train))} steps)"
+        )
     for key in ("mismatch/kl_k3", "staleness/max", "groups/zero_spread"):
         if _is_number(last.get(key)):
             lines.append(f"{key:<13} {last[key]:.3g}")
     events = [r for r in rows if r["kind"] == "event"]
-    lines += [f"event         step {e['step']}: {' '.join(str(e.get('message', '')).split())[:150]}" for e in events[-5:]]
-    lines.append("finished      " + ("yes" if (run_dir / "summary.json").is_file() else "no summary.json: still going, or stopped"))
+    lines += [
+        f"event         step {e['step']}: {' '.join(str(e.get('message', '')).split())[:150]}" for e in events[-5:]
+    ]
+    lines.append(
+        "finished      "
+        + ("yes" if (run_dir / "summary.json").is_file() else "no summary.json: still going, or stopped")
+    )
     return lines, healthy
 
 
@@ -90,7 +107,9 @@ def _packages() -> tuple[list[str], bool]:
         found = next(((n, v) for n in names.split("|") if (v := _version(n))), None)
         if found is None:
             healthy = healthy and not needed
-            lines.append(f"{names.split('|')[0]:<13} {'MISSING: run `make setup`' if needed else 'not installed'} ({purpose})")
+            lines.append(
+                f"{names.split('|')[0]:<13} {'MISSING: run `make setup`' if needed else 'not installed'} ({purpose})"
+            )
             continue
         name, version = found
         tested = ranges.get(name, "")
@@ -106,7 +125,9 @@ def _machine() -> list[str]:
         f"cores         {cores}",
         f"memory        {free_memory() / GIB:.1f} GiB free",
         f"disk          {disk.free / GIB:.1f} GiB free in {Path.cwd()}",
-        f"shared memory {shutil.disk_usage('/dev/shm').free / GIB:.1f} GiB free" if Path("/dev/shm").is_dir() else "shared memory none",
+        f"shared memory {shutil.disk_usage('/dev/shm').free / GIB:.1f} GiB free"
+        if Path("/dev/shm").is_dir()
+        else "shared memory none",
         f"GPU           {_gpu()}",
     ]
     for port, what in PORTS:

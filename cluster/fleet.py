@@ -21,6 +21,7 @@ from typing import Any
 import ray
 
 from agents.types import Generation, Sampling, Span, Version
+from cluster.errors import one_line
 from cluster.vllm.engine import EngineConfig, PolicyEngine
 from cluster.vllm.preflight import EngineError
 from cluster.vllm.transfer import Deadlines, Manifest, ShmTransport, publish
@@ -215,7 +216,9 @@ class Fleet:
         return total
 
     async def events(self) -> list[str]:
-        """Lines for the run's log since the last call."""
+        """Lines for the run's log since the last call. Raises EngineError when the engines failed too often to go on."""
+        if self._fatal:
+            raise EngineError("dead", self._fatal)
         events, self._events = self._events, []
         return events
 
@@ -273,7 +276,7 @@ class Fleet:
                 engine.live = True
             self._events.append(f"{engine.name} took its place with weights {self._version}")
         except Exception as error:
-            self._fence(engine, f"could not take its place: {_line(error)}")
+            self._fence(engine, f"could not take its place: {one_line(error)}")
 
     async def _watch_health(self) -> None:
         while True:
@@ -285,14 +288,8 @@ class Fleet:
                     if stats["dead"]:
                         self._fence(engine, "its engine process is gone")
                 except Exception as error:
-                    self._fence(engine, _line(error) or f"no answer within {self._config.health_timeout_s:g} s")
+                    self._fence(engine, one_line(error) or f"no answer within {self._config.health_timeout_s:g} s")
 
     def _deadlines(self) -> Deadlines:
         limit = self._config.publish_deadline_s
         return Deadlines(init_s=limit, stage_s=limit, update_s=limit, finish_s=limit)
-
-
-def _line(error: BaseException) -> str:
-    """The last line of an error: Ray's errors carry whole tracebacks."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -92,7 +92,7 @@ def check_model(folder: Path, *, random: bool = False, max_model_len: int = 0) -
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist; correct model.path{_near(folder)}")
     config = read_json(folder / "config.json", "the configuration of the model")
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    text: dict[str, Any] = config.get("text_config") or config
     limit = text.get("max_position_embeddings")
     if isinstance(limit, int) and max_model_len > limit:
         raise UserError(
@@ -140,7 +140,9 @@ def check_safetensors(path: Path) -> int:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise UserError(f"corrupt checkpoint: the header of {path} cannot be read; {mend}") from None
     if size != 8 + length + end:
-        raise UserError(f"corrupt checkpoint: {path} has {size:,} bytes, its header promises {8 + length + end:,}; {mend}")
+        raise UserError(
+            f"corrupt checkpoint: {path} has {size:,} bytes, its header promises {8 + length + end:,}; {mend}"
+        )
     return end
 
 
@@ -288,7 +290,9 @@ def check_port(port: int, key: str, host: str = "127.0.0.1") -> None:
             raise UserError(f"{key}={port} is not a port; choose one between 1024 and 65535") from None
         except OSError as error:
             what = "is in use" if error.errno == 98 else f"cannot be used ({(error.strerror or str(error)).lower()})"
-            raise UserError(f"port {port} {what} on {host}; end what listens there, or set {key} to a free one") from None
+            raise UserError(
+                f"port {port} {what} on {host}; end what listens there, or set {key} to a free one"
+            ) from None
 
 
 def check_endpoint(url: str, key: str, timeout_s: float = 5.0, start: str = "start the server") -> None:

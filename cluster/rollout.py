@@ -40,6 +40,8 @@ from agents.types import (
     Verdict,
 )
 from cluster.buffer import Lease
+from cluster.errors import one_line
+from cluster.vllm.preflight import EngineError
 from envs.config import SandboxConfig
 from envs.sandbox import Session
 
@@ -77,21 +79,29 @@ class RemotePolicy:
         self, prompt_ids: Sequence[int], *, session: str, sampling: Sampling, stop_token_ids: Sequence[int]
     ) -> Generation:
         """One policy turn, on the session's engine or, if that failed, on the next."""
-        error: Exception | None = None
+        error: BaseException | None = None
         for _ in range(self._config.generate_retries + 1):
-            if session not in self._routes:
-                self._routes[session] = await self._fleet.route.remote(session)
-            name, handle = self._routes[session]
+            name, handle = await self._route(session)
             self._serial += 1
             request = f"{session}#{os.getpid()}-{self._serial}"
             try:
                 async with asyncio.timeout(self._config.generate_timeout_s):
                     return await handle.generate.remote(list(prompt_ids), request, sampling, list(stop_token_ids))
             except (ray.exceptions.RayError, TimeoutError) as failure:
-                error = failure
+                error = getattr(failure, "cause", None) or failure
+                if isinstance(error, EngineError) and error.kind == "request":
+                    break  # the engine is well; it cannot do this request, and no other could
                 self._routes.pop(session, None)
-                await self._fleet.report.remote(name, _line(failure))
-        raise PolicyFailed(f"the policy turn failed on {self._config.generate_retries + 1} engines: {_line(error)}")
+                await self._fleet.report.remote(name, one_line(error))
+        raise PolicyFailed(f"a policy turn of {session} failed: {one_line(error) if error else 'no engine'}")
+
+    async def _route(self, session: str) -> tuple[str, Any]:
+        if session not in self._routes:
+            try:
+                self._routes[session] = await self._fleet.route.remote(session)
+            except ray.exceptions.RayError as failure:
+                raise PolicyFailed(one_line(failure)) from failure
+        return self._routes[session]
 
     async def release(self, session: str) -> None:
         if self._routes.pop(session, None) is not None:
@@ -192,7 +202,7 @@ class RolloutWorker:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            await self._buffer.event.remote(f"lease {lease.id} failed: {_line(error)}")
+            await self._buffer.event.remote(f"lease {lease.id} failed: {one_line(error)}")
             await self._buffer.fail.remote(lease.id, "rollout_failed")
         finally:
             self._now.pop(lease.id, None)
@@ -239,8 +249,3 @@ class RolloutWorker:
                 return await self._reward.score.remote(group)
         except (ray.exceptions.RayError, TimeoutError) as error:
             return [Verdict.unavailable("reward", f"reward_actor:{type(error).__name__}")] * len(group.members)
-
-
-def _line(error: BaseException | None) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -186,7 +186,7 @@ def _number(value: Any) -> float | int | None:
         value = float(value)  # numpy scalars and one-element tensors too
         if not math.isfinite(value):
             return None
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _finite(value: Any) -> Any:

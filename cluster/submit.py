@@ -43,7 +43,10 @@ def submit(
     files = upload_files(ROOT)
     config_file = job_config(config_name, {name for name, _ in files})
     check_upload(files, upload_limit())
-    arguments = [*(o for o in overrides if not o.startswith("storage_path=")), f"storage_path={job_storage(config.storage_path)}"]
+    arguments = [
+        *(o for o in overrides if not o.startswith("storage_path=")),
+        f"storage_path={job_storage(config.storage_path)}",
+    ]
     local = urlsplit(address).hostname in _LOOPBACK
     interpreter = python or (sys.executable if local else "python")
     entrypoint = shlex.join([interpreter, "-m", "cluster.cli", "train", config_file, *arguments])
@@ -109,7 +112,7 @@ def upload_files(root: Path) -> list[tuple[str, int]]:
         if path.is_file():
             found.append((path.relative_to(root).as_posix(), path.stat().st_size))
 
-    excludes = getattr(ray_constants, "get_runtime_env_default_excludes", lambda: [])()
+    excludes: list[str] = getattr(ray_constants, "get_runtime_env_default_excludes", list)()
     quiet = logging.getLogger("gumshoe.quiet")
     quiet.setLevel(logging.ERROR)
     gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
@@ -152,7 +155,9 @@ def _start(client: Any, address: str, entrypoint: str) -> str:
                 time.sleep(_WAIT_S)
                 continue
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"the cluster at {address} did not take the job: {reason}; see its dashboard for what is wrong") from error
+            raise UserError(
+                f"the cluster at {address} did not take the job: {reason}; see its dashboard for what is wrong"
+            ) from error
 
 
 async def _follow(client: Any, job: str) -> int:
@@ -177,7 +182,7 @@ async def _follow(client: Any, job: str) -> int:
 
 def _message(info: Any) -> str:
     lines = [line.strip() for line in str(getattr(info, "message", "") or "").splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no reason was given"
+    return lines[0].partition(", last available logs")[0][:300] if lines else "no reason was given"
 
 
 def _client(address: str) -> Any:
@@ -185,7 +190,7 @@ def _client(address: str) -> Any:
 
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
     began = time.monotonic()

@@ -73,7 +73,9 @@ def finished(process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> s
 
 def balanced(row: dict[str, Any]) -> bool:
     """Whether the ledger of a train row balances."""
-    return row["ledger/admitted"] == sum(row[f"ledger/{k}"] for k in ("running", "ready", "in_batch", "trained", "dropped"))
+    return row["ledger/admitted"] == sum(
+        row[f"ledger/{k}"] for k in ("running", "ready", "in_batch", "trained", "dropped")
+    )
 
 
 def alive(pid: int) -> bool:

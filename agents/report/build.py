@@ -1,0 +1,244 @@
+"""The report of a run: one HTML file that holds everything it shows.
+
+Invariants: the page loads nothing from anywhere (its own policy forbids it); every text of the run is escaped; it is
+written whole or not at all; it can be made while the run goes on.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from agents.report.charts import Chart, Mark, Series, area_chart, interval_chart, line_chart, share_bar, short
+from agents.report.load import RunData, load_run, number
+from agents.report.timeline import group_view
+
+_HERE = Path(__file__).parent
+_LEDGER = ("running", "ready", "in_batch", "trained", "dropped")
+
+
+def build_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write report.html into the run's folder (or to `out`) and return its path.
+
+    Raises RecordError when the folder holds no run. Missing or torn files are named on the page.
+    """
+    run = load_run(run_dir)
+    path = Path(out) if out is not None else Path(run_dir) / "report.html"
+    if path.is_dir():
+        path = path / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(render(run), encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def render(run: RunData) -> str:
+    """The page as text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["short"] = short
+    environment.filters["safe_svg"] = Markup
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    groups = [group_view(shown, serial) for serial, shown in enumerate(reversed(run.groups))]
+    return environment.get_template("page.html").render(
+        run=run,
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=digest,
+        headline=headline(run),
+        facts=facts(run),
+        charts=charts(run),
+        ledger=ledger(run),
+        phases=phases(run),
+        groups=groups,
+        events=[{**e, "clock": _clock(e.get("time"))} for e in run.events[-200:]],
+        made=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def headline(run: RunData) -> dict[str, Any] | None:
+    """Held-out success before and after, from the summary or else from the first and last evaluation."""
+    found = [_success(run.summary.get(f"success_{when}")) for when in ("before", "after")]
+    names = ["before", "after"]
+    if not all(found):
+        held_out = [e for e in run.evals if number(e, "success/mean") is not None]
+        if not held_out:
+            return None
+        ends = [held_out[0], held_out[-1]] if len(held_out) > 1 else [held_out[0]]
+        found = [_success({k: e.get(f"success/{k}") for k in ("mean", "low", "high", "n")}) for e in ends]
+        names = [f"step {e['step']}" for e in ends]
+    rows = [(name, *f) for name, f in zip(names, found, strict=True) if f]
+    return {
+        "rows": rows,
+        "gain": rows[-1][1] - rows[0][1] if len(rows) > 1 else None,
+        "svg": interval_chart([(name, mean, low, high) for name, mean, low, high, _ in rows]),
+    }
+
+
+def facts(run: RunData) -> list[tuple[str, str]]:
+    """The few numbers worth a look at the top."""
+    last = run.train[-1] if run.train else {}
+    made: list[tuple[str, str]] = []
+    steps = run.summary.get("steps", last.get("step"))
+    if isinstance(steps, (int, float)):
+        made.append(("optimiser steps", f"{int(steps):,}"))
+    tokens = run.summary.get("sampled_tokens", run.summary.get("tokens"))
+    if isinstance(tokens, dict):
+        tokens = tokens.get("trained", tokens.get("total"))
+    if isinstance(tokens, (int, float)):
+        made.append(("tokens", short(float(tokens))))
+    seconds = run.summary.get("seconds")
+    total = (
+        seconds.get("total", sum(v for v in seconds.values() if isinstance(v, (int, float))))
+        if isinstance(seconds, dict)
+        else None
+    )
+    if total is None and len(run.train) > 1:
+        total = (number(run.train[-1], "time") or 0) - (number(run.train[0], "time") or 0)
+    if total:
+        made.append(("duration", _duration(float(total))))
+    rate = [v for r in run.train if (v := number(r, "tokens_per_s")) is not None]
+    if rate:
+        made.append(("tokens per second", short(sum(rate) / len(rate))))
+    if (stale := number(last, "staleness/mean")) is not None:
+        made.append(("staleness, last step", f"{stale:.2f}"))
+    kl = [v for r in run.train if (v := number(r, "mismatch/kl_k3")) is not None]
+    if kl:
+        made.append(("sampler–learner KL, largest", short(max(kl))))
+    return made
+
+
+def charts(run: RunData) -> list[Chart]:
+    """The learning curves, the telling ones first; what a run did not log is left out."""
+    rows = run.train
+
+    def series(*keys: str, names: dict[str, str] | None = None, smooth: bool = True) -> list[Series]:
+        return [
+            Series((names or {}).get(k, k.rsplit("/", 1)[-1].replace("_", " ")), _points(rows, k), smooth) for k in keys
+        ]
+
+    rewards = [k for k in _keys(rows, "reward/") if k != "reward/mean"]
+    waits = [k for k in _keys(rows, "time/") if k not in ("time/step_s", "time/elapsed_s")]
+    marks = [
+        Mark(e["step"], m, lo if lo is not None else m, hi if hi is not None else m, str(e.get("label", "")))
+        for e in run.evals
+        if (m := number(e, "success/mean")) is not None
+        for lo, hi in [(number(e, "success/low"), number(e, "success/high"))]
+    ]
+    hops = _keys(run.evals, "success/hops_")
+    by_hops = [Series(k.rsplit("_", 1)[-1] + " hops", _points(run.evals, k), smooth=False) for k in hops]
+    made = [
+        line_chart(
+            "Success", series("success", names={"success": "training tasks"}), marks=marks, bounds=(0.0, 1.0),
+            note="Share of exact answers. Points are held-out tasks with their 95 % interval.",
+        ),
+        line_chart("Reward", series("reward/mean", *rewards), note="Mean over a batch, and its parts."),
+        line_chart("Held-out success by difficulty", by_hops, bounds=(0.0, 1.0), note="The same frozen tasks, by hops.") if len(hops) > 1 else None,
+        _step_time(rows, waits),
+        line_chart("Throughput", series("tokens_per_s", names={"tokens_per_s": "tokens"}), unit="tokens/s"),
+        line_chart("Staleness", series("staleness/mean", "staleness/max"), note="Optimiser steps between sampling and training."),
+        line_chart(
+            "Mismatch of sampler and learner", series("mismatch/kl_k3", names={"mismatch/kl_k3": "KL (k3)"}),
+            note="Near zero means both compute the same probabilities.",
+        ),
+        line_chart("Importance ratio", series("ratio/mean", "ratio/p99", "ratio/max")),
+        line_chart(
+            "Work per episode", series("episode/searches", "episode/opens", "episode/turns", "episode/cited"),
+            note="Means over a batch.",
+        ),
+        line_chart("Tokens per episode", series("episode/tokens", names={"episode/tokens": "tokens"})),
+        area_chart("How episodes end", series(*_keys(rows, "stop/")), note="Share of the episodes of a batch, by reason."),
+        line_chart("Entropy", series("entropy"), unit="nats"),
+        line_chart("Loss", series("loss")),
+        line_chart("Gradient norm", series("grad_norm", names={"grad_norm": "norm"})),
+        line_chart("Groups without signal", series("groups/zero_spread", names={"groups/zero_spread": "zero spread"}), note="All attempts got the same reward."),
+        line_chart("Left out of the loss", series(*_keys(rows, "masked/")), note="By cause."),
+    ]  # fmt: skip
+    return [c for c in made if c is not None]
+
+
+def ledger(run: RunData) -> dict[str, Any] | None:
+    """Where the admitted episodes are, at the last step that says so."""
+    last = next((r for r in reversed(run.train) if number(r, "ledger/admitted") is not None), None)
+    if last is None:
+        return None
+    parts = [(name.replace("_", " "), number(last, f"ledger/{name}") or 0.0) for name in _LEDGER]
+    admitted = number(last, "ledger/admitted") or 0.0
+    reasons = [(k.removeprefix(p), number(last, k)) for p in ("ledger/dropped/", "dropped/") for k in _keys([last], p)]
+    return {
+        "step": last["step"],
+        "admitted": admitted,
+        "parts": parts,
+        "reasons": reasons,
+        "balanced": abs(admitted - sum(v for _, v in parts)) < 0.5,
+        "svg": share_bar(parts),
+    }
+
+
+def phases(run: RunData) -> list[tuple[str, str, float]]:
+    """(name, duration, share of the longest) of each phase of the run."""
+    seconds = run.summary.get("seconds")
+    if not isinstance(seconds, dict):
+        return []
+    found = [
+        (str(k).replace("_", " "), float(v)) for k, v in seconds.items() if isinstance(v, (int, float)) and k != "total"
+    ]
+    longest = max((v for _, v in found), default=0.0) or 1.0
+    return [(name, _duration(v), 100 * v / longest) for name, v in found]
+
+
+def _step_time(rows: list[dict[str, Any]], waits: list[str]) -> Chart | None:
+    """Step time as stacked parts where they fit into the step, as lines where they overlap."""
+    if not waits:
+        return line_chart("Step time", [Series("step", _points(rows, "time/step_s"))], unit="s")
+    names = [k.removeprefix("time/").removesuffix("_s").replace("_", " ") for k in waits]
+    parts = [Series(n, _points(rows, k)) for n, k in zip(names, waits, strict=True)]
+    steps = dict(_points(rows, "time/step_s"))
+    rest = []
+    for step, whole in steps.items():
+        left = whole - sum(dict(p.points).get(step, 0.0) for p in parts)
+        if left < -0.02 * whole:
+            return line_chart("Step time", [Series("step", _points(rows, "time/step_s")), *parts], unit="s")
+        rest.append((step, max(0.0, left)))
+    if steps:
+        parts.append(Series("other", rest))
+    return area_chart("Step time", parts, unit="s", note="Where the seconds of a step go.")
+
+
+def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(float(r["step"]), v) for r in rows if (v := number(r, key)) is not None]
+
+
+def _keys(rows: list[dict[str, Any]], prefix: str) -> list[str]:
+    """Keys with this prefix, in order of first appearance, at most six (the rest would not be readable)."""
+    found = dict.fromkeys(k for r in rows for k in r if k.startswith(prefix) and number(r, k) is not None)
+    nonzero = [k for k in found if any(number(r, k) for r in rows)]
+    return (nonzero or list(found))[:6]
+
+
+def _success(found: Any) -> tuple[float, float, float, int] | None:
+    if not isinstance(found, dict) or number(found, "mean") is None:
+        return None
+    mean = number(found, "mean") or 0.0
+    low, high = number(found, "low"), number(found, "high")
+    return mean, mean if low is None else low, mean if high is None else high, int(number(found, "n") or 0)
+
+
+def _duration(seconds: float) -> str:
+    whole = max(0, round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{seconds:.1f} s"
+
+
+def _clock(at: Any) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at)) if isinstance(at, (int, float)) else ""

@@ -1,0 +1,132 @@
+"""What a report is made of: the files of a run's folder, read leniently, for a run may still be going or have crashed.
+
+Invariants: nothing here fails because a file is missing or its end is torn; each such thing is one line in `notes`;
+rows of a step that was trained again after a restore replace the earlier ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agents.plain import from_plain
+from agents.recordfile import RecordReader
+from agents.types import Group, RecordError
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A group and the decoded text of each turn of each member (empty where nobody decoded it)."""
+
+    group: Group
+    text: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything a report shows."""
+
+    name: str
+    train: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    publishes: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    summary: dict[str, Any]
+    config: str
+    groups: list[Shown]
+    notes: list[str]
+
+
+def load_run(run_dir: str | Path, max_groups: int = 8) -> RunData:
+    """Read a run's folder. Raises RecordError when it holds no run at all."""
+    folder = Path(run_dir)
+    notes: list[str] = []
+    rows = _read_rows(folder / "metrics.jsonl", notes)
+    summary = _read_summary(folder / "summary.json", notes)
+    groups = _read_groups(folder / "trajectories.jsonl", max_groups, notes)
+    config = folder / "config.yaml"
+    if not rows and not summary and not groups:
+        raise RecordError(
+            f"{folder} holds no run (no metrics.jsonl, summary.json or trajectories.jsonl); give the folder of a run, such as runs/demo"
+        )
+    return RunData(
+        name=folder.resolve().name,
+        train=_by_step([r for r in rows if r["kind"] == "train"]),
+        evals=sorted((r for r in rows if r["kind"] == "eval"), key=lambda r: r["step"]),
+        publishes=[r for r in rows if r["kind"] == "publish"],
+        events=[r for r in rows if r["kind"] == "event"],
+        summary=summary,
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        groups=groups,
+        notes=notes,
+    )
+
+
+def number(row: dict[str, Any], key: str) -> float | None:
+    """A finite number of a row, or None."""
+    value = row.get(key)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        notes.append("metrics.jsonl is missing, so there are no curves")
+        return []
+    rows, broken = [], 0
+    for line in path.read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            row = {**row, "kind": str(row["kind"]), "step": int(row["step"])}
+        except (ValueError, TypeError, KeyError, UnicodeDecodeError):
+            broken += 1
+            continue
+        rows.append(row)
+    if broken:
+        notes.append(f"{broken} unreadable line{'s' if broken > 1 else ''} of metrics.jsonl left out")
+    return rows
+
+
+def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        notes.append("summary.json is not there yet: the run is still going, or was stopped")
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        notes.append(f"summary.json cannot be read: {error}")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_groups(path: Path, max_groups: int, notes: list[str]) -> list[Shown]:
+    """The last groups of the file, newest last."""
+    if not path.is_file():
+        return []
+    shown: list[Shown] = []
+    reader: RecordReader[Any] = RecordReader(path)
+    try:
+        for row in reader:
+            plain = row["group"] if isinstance(row, dict) and "group" in row else row
+            text = row.get("text", ()) if isinstance(row, dict) else ()
+            group = from_plain(Group, plain)
+            shown.append(Shown(group, tuple(tuple(str(t) for t in member) for member in text or ())))
+            del shown[:-max_groups]
+    except RecordError as error:
+        notes.append(f"trajectories: {error}")
+    if reader.warning:
+        notes.append(reader.warning)
+    return shown
+
+
+def _by_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    last: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        last[row["step"]] = row
+    return [last[step] for step in sorted(last)]

@@ -1,0 +1,169 @@
+"""The report in a real browser: no errors, nothing loaded, readable at both widths, usable by keyboard."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from agents.report.build import build_report
+from tests.synthetic_run import HOSTILE, write_run
+
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def _binary(*names: str) -> str | None:
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    chromium = _binary("chromium", "chromium-browser", "google-chrome")
+    driver = _binary("chromedriver", "chromium.chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromedriver (apt-get install chromium chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs chromium's selenium (pip install selenium)")
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    options = Options()
+    options.binary_location = chromium
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driven = webdriver.Chrome(options=options, service=Service(driver))
+    yield driven
+    driven.quit()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build_report(write_run(tmp_path_factory.mktemp("runs") / "demo", hostile=HOSTILE)).resolve().as_uri()
+
+
+def show(browser: Any, page: str, width: int) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+    browser.get(page)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_is_quiet_and_fits_the_width(browser: Any, page: str, width: int) -> None:
+    show(browser, page, width)
+    assert browser.get_log("browser") == []
+    assert browser.title == "demo · Gumshoe"
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    smallest = browser.execute_script(
+        "return Math.min(...Array.from(document.querySelectorAll('p, td, li, text')).filter(e => e.getClientRects().length)"
+        ".map(e => { const svg = e.ownerSVGElement; const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;"
+        " return parseFloat(getComputedStyle(e).fontSize) * scale; }))"
+    )
+    assert smallest >= 9.5
+
+
+def test_it_loads_nothing(browser: Any, page: str) -> None:
+    import json
+
+    browser.get_log("performance")
+    show(browser, page, 1280)
+    requests = [
+        message["params"]["request"]["url"]
+        for entry in browser.get_log("performance")
+        if (message := json.loads(entry["message"])["message"])["method"] == "Network.requestWillBeSent"
+    ]
+    assert [url for url in requests if not url.startswith("data:")] == [page]
+
+
+def test_attempts_open_and_close_by_keyboard(browser: Any, page: str) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    show(browser, page, 1280)
+    attempts = browser.find_elements(By.CSS_SELECTOR, "details.attempt")
+    assert [a.get_attribute("open") is not None for a in attempts[:2]] == [True, False]
+    summary = attempts[1].find_element(By.CSS_SELECTOR, "summary")
+    browser.execute_script("arguments[0].focus()", summary)
+    summary.send_keys(Keys.ENTER)
+    assert attempts[1].get_attribute("open") is not None
+    assert attempts[1].find_element(By.CSS_SELECTOR, ".timeline").is_displayed()
+    summary.send_keys(Keys.SPACE)
+    assert attempts[1].get_attribute("open") is None
+
+
+def test_every_attempt_is_reached_by_tab(browser: Any, page: str) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    show(browser, page, 1280)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = false)")
+    seen = set()
+    for _ in range(60):
+        browser.switch_to.active_element.send_keys(Keys.TAB)
+        seen.add(
+            browser.execute_script("const d = document.activeElement.closest('details.attempt'); return d ? d.id : ''")
+        )
+    assert {a.get_attribute("id") for a in browser.find_elements(By.CSS_SELECTOR, "details.attempt")} <= seen
+
+
+def test_charts_read_out_by_arrow_keys(browser: Any, page: str) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    show(browser, page, 1280)
+    chart = browser.find_element(By.CSS_SELECTOR, "figure.chart")
+    value = chart.find_element(By.CSS_SELECTOR, ".legend b")
+    before = value.text
+    browser.execute_script("arguments[0].focus()", chart)
+    chart.send_keys(Keys.HOME)
+    chart.send_keys(Keys.ARROW_RIGHT)
+    at = chart.find_element(By.CSS_SELECTOR, ".at")
+    assert at.is_displayed() and at.text == "step 1"
+    assert value.text != before
+    browser.execute_script("arguments[0].blur()", chart)
+    assert value.text == before
+
+
+def test_a_citation_leads_to_the_page_that_was_read(browser: Any, page: str) -> None:
+    from selenium.webdriver.common.by import By
+
+    show(browser, page, 1280)
+    link = browser.find_element(By.CSS_SELECTOR, "a.cite")
+    target = str(link.get_attribute("href")).split("#")[1]
+    link.click()
+    assert browser.execute_script("return document.querySelector(':target').id") == target
+    assert "world/badokiru" in browser.find_element(By.ID, target).text
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast(browser: Any, page: str, scheme: str) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    show(browser, page, 1280)
+    worst = browser.execute_script(
+        """
+        const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+        const rgb = (c) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1); return canvas.getImageData(0, 0, 1, 1).data; };
+        const light = (c) => { const v = Array.from(c).slice(0, 3).map(x => x / 255).map(x => x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4); return .2126 * v[0] + .7152 * v[1] + .0722 * v[2]; };
+        const back = (e) => { while (e) { const c = getComputedStyle(e).backgroundColor; if (rgb(c)[3] > 0) return c; e = e.parentElement; } return 'white'; };
+        return Math.min(...Array.from(document.querySelectorAll('p, dd, dt, td, th, h1, h2, h3, summary, a, .cite, .badge, .gain, .flags span')).filter(e => e.getClientRects().length).map(e => {
+          const a = light(rgb(getComputedStyle(e).color)), b = light(rgb(back(e))); return (Math.max(a, b) + .05) / (Math.min(a, b) + .05); }));
+        """
+    )
+    assert worst >= 4.5

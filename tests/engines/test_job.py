@@ -1,0 +1,88 @@
+"""A submitted job trains as the command does, though a foreign `agents` is installed on the cluster and at the user's."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs import SMALL, finished, gumshoe, rows
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A site folder with a distribution `openai-agents`, whose `agents` fails whoever imports it."""
+    site = tmp_path / "site"
+    (site / "agents").mkdir(parents=True)
+    (site / "agents" / "__init__.py").write_text("raise RuntimeError('the foreign agents package was imported')\n")
+    info = site / "openai_agents-9.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: openai-agents\nVersion: 9.9\n")
+    (info / "RECORD").write_text("agents/__init__.py,,\n")
+    return site
+
+
+@contextlib.contextmanager
+def cluster(site: Path, log: Path) -> Iterator[str]:
+    """`ray start --head` on loopback; yields the dashboard's address; ends what it started."""
+    port, dashboard = free_port(), free_port()
+    folder = tempfile.mkdtemp(prefix="gs-ray-", dir="/tmp")  # socket paths must be short
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
+        "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=4", f"--temp-dir={folder}",
+        "--object-store-memory=150000000", "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0",
+    ]  # fmt: skip
+    with open(log, "wb") as out:
+        head = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(site)},
+        )  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{address}/api/version", timeout=2)
+                break
+            assert time.monotonic() < deadline and head.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.5)
+        yield address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_submitted_job_trains_beside_a_foreign_agents_package(foreign: Path, tmp_path: Path) -> None:
+    log, run_dir = tmp_path / "log", tmp_path / "store" / "job"
+    with cluster(foreign, tmp_path / "ray.log") as address:
+        overrides = ("name=job", f"storage_path={tmp_path / 'store'}", "train.steps=2", "fleet.num_engines=1", *SMALL)
+        submit = ("submit", "configs/demo.yaml", *overrides, "--address", address)
+        with gumshoe(*submit, log=log, env={"PYTHONPATH": str(foreign)}) as process:
+            output = finished(process, log, 240)
+    assert "MiB" in output, "the upload's size is printed"
+    assert [r["step"] for r in rows(run_dir, "train")] == [1, 2]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["ledger"]["trained"] == 16
+    assert Path(summary["checkpoint"]).is_dir(), "nothing of value lay in the job's unpacked folder"
+    assert (run_dir / "report.html").exists()

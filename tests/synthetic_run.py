@@ -1,0 +1,219 @@
+"""A run's folder, invented: what a finished run leaves behind, with hostile text where a run could carry it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+from agents.plain import to_plain
+from agents.recordfile import write_records
+from agents.report.timeline import trajectory_row
+from agents.types import (
+    Action,
+    ActionKind,
+    Generation,
+    Group,
+    Identity,
+    Member,
+    Role,
+    Seen,
+    SeenKind,
+    Span,
+    Status,
+    StopReason,
+    Task,
+    ToolCall,
+    ToolEvent,
+    Trajectory,
+    Turn,
+    Uid,
+    Verdict,
+    Version,
+)
+
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+
+
+def metrics(steps: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of a run that learns."""
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    trained = 0
+    for step in range(1, steps + 1):
+        skill = 0.35 + 0.5 * (1 - math.exp(-step / (steps / 3)))
+        success = min(1.0, max(0.0, skill + rng.gauss(0, 0.05)))
+        rubric = min(1.0, max(0.0, 0.8 * skill + rng.gauss(0, 0.05)))
+        wait, train = 0.4 + rng.random() * 0.3, 0.9 + rng.random() * 0.2
+        trained += 64
+        rows.append(
+            {
+                "kind": "train", "step": step, "time": 1.7e9 + 2.1 * step, "success": success,
+                "reward/mean": 0.7 * success + 0.3 * rubric, "reward/outcome": success, "reward/rubric": rubric,
+                "episode/tokens": 420 + rng.gauss(0, 15), "episode/turns": 4 + skill, "episode/searches": 1.5 + skill,
+                "episode/opens": 1.1 + skill, "episode/cited": 2 * skill, "tokens_per_s": 3000 + rng.gauss(0, 200),
+                "staleness/mean": 0.6 + rng.random() * 0.3, "staleness/max": 1, "time/step_s": wait + train + 0.2,
+                "time/wait_s": wait, "time/train_s": train, "loss": 0.02 * rng.gauss(0, 1), "grad_norm": 0.4 + rng.random() * 0.2,
+                "entropy": 0.8 * math.exp(-step / steps), "mismatch/kl_k3": 1e-5 * (1 + rng.random()), "ratio/mean": 1.0,
+                "ratio/p99": 1.02 + rng.random() * 0.02, "ratio/max": 1.2 + rng.random() * 0.2,
+                "groups/zero_spread": 2 + rng.randrange(3), "masked/icepop": rng.randrange(5), "stop/answered": 58 + rng.randrange(4),
+                "stop/turn_limit": rng.randrange(4), "stop/malformed": rng.randrange(2), "ledger/admitted": trained + 100,
+                "ledger/running": 60, "ledger/ready": 24, "ledger/in_batch": 0, "ledger/trained": trained, "ledger/dropped": 16,
+                "dropped/stale": 16, "time/elapsed_s": 2.1 * step,
+            }
+        )  # fmt: skip
+        if step % (steps // 4) == 0:
+            low, high = max(0.0, skill - 0.07), min(1.0, skill + 0.07)
+            rows.append(
+                {"kind": "eval", "step": step, "time": 1.7e9 + 2.1 * step, "label": f"step-{step}", "success/mean": skill, "success/low": low,
+                 "success/high": high, "success/n": 64, "success/hops_2": min(1.0, skill + 0.08), "success/hops_3": skill - 0.06}
+            )  # fmt: skip
+    rows.insert(0, {"kind": "eval", "step": 0, "time": 1.7e9, "success/mean": 0.34, "success/low": 0.28, "success/high": 0.41, "success/n": 200,
+                    "success/hops_2": 0.42, "success/hops_3": 0.25})  # fmt: skip
+    rows.append(
+        {"kind": "event", "step": steps // 2, "time": 1.7e9 + 60, "message": f"sampler-1 was restarted {HOSTILE}"}
+    )
+    return rows
+
+
+class _Builder:
+    """Makes a trajectory turn by turn; a token is one word, and decoding joins them again."""
+
+    def __init__(self, attempt: int, words: list[str]) -> None:
+        self.attempt, self.words = attempt, words
+        self.turns: list[Turn] = []
+        self.events: list[ToolEvent] = []
+
+    def ids(self, text: str) -> list[int]:
+        made = []
+        for word in text.split(" "):
+            if word not in self.words:
+                self.words.append(word)
+            made.append(self.words.index(word))
+        return made
+
+    def given(self, role: Role, text: str) -> None:
+        self.turns.append(Turn.given(len(self.turns), len(self.turns) - 1, role, self.ids(text)))
+
+    def said(self, text: str, action: Action) -> None:
+        ids = self.ids(text)
+        g = Generation(tuple(ids), (-0.1,) * len(ids), (Span(0, len(ids), Version(0, 41)),), "stop", latency_s=0.21)
+        self.turns.append(Turn.sampled(len(self.turns), len(self.turns) - 1, g, action))
+
+    def called(self, thought: str, call: ToolCall, event_text: str, seen: tuple[Seen, ...], error: str = "") -> None:
+        self.said(
+            f"{thought} <tool_call> {json.dumps(dict(call.arguments))}", Action(ActionKind.call, (call,), thought)
+        )
+        self.events.append(ToolEvent(call, event_text, seen, error, 0.004, self.turns[-1].id))
+        self.given(Role.observation, event_text)
+
+    def done(self, stop: StopReason, verdict: Verdict, error: str = "") -> Trajectory:
+        identity = Identity("run", Uid("t1", "g1", self.attempt), "tools", "tok", "tpl")
+        return Trajectory(identity, tuple(self.turns), stop, tuple(self.events), verdict, error)
+
+
+def group(hostile: str = "") -> tuple[Group, list[str]]:
+    """A scored group of four attempts, and the words its token ids stand for."""
+    words: list[str] = []
+    question = f"Who is the mentor of the rival of Badokiru?{hostile}"
+    rubrics = ("<E1> is the rival of Badokiru.", "<E0> is the mentor of <E1>.")
+    pages = {
+        "world/badokiru": "The rival of Badokiru is Lomitave. Badokiru lives in Tesna.",
+        "world/lomitave": "The mentor of Lomitave is Gupezo." + hostile,
+    }
+    members = []
+    for attempt in range(4):
+        b = _Builder(attempt, words)
+        b.given(Role.prompt, f"You answer questions with evidence. {question}")
+        hit = Seen("world/badokiru", "The rival of Badokiru is Lomitave.", SeenKind.snippet, "Badokiru" + hostile)
+        b.called(
+            "I should find out who the rival is first.", ToolCall("search", {"query": f"rival of Badokiru{hostile}", "k": 3}),
+            "[0] Title: Badokiru", (hit,),
+        )  # fmt: skip
+        b.called(
+            "", ToolCall("open", {"doc_id": "world/badokiru"}), pages["world/badokiru"],
+            (Seen("world/badokiru", pages["world/badokiru"], SeenKind.page, "Badokiru"),),
+        )  # fmt: skip
+        if attempt == 2:
+            b.said("<tool_call> {broken", Action(ActionKind.malformed, error=f"the call is not valid JSON {hostile}"))
+            verdict = Verdict(0.0, {"outcome": 0.0, "rubric": 0.0})
+            members.append(b.done(StopReason.malformed, verdict))
+            continue
+        if attempt == 3:
+            members.append(
+                b.done(StopReason.env_failed, Verdict.unavailable("outcome", "judge_down"), "retrieval did not answer")
+            )
+            continue
+        good = attempt == 0
+        if good:
+            b.called(
+                "Now the mentor of Lomitave.", ToolCall("open", {"doc_id": "world/lomitave"}), pages["world/lomitave"],
+                (Seen("world/lomitave", pages["world/lomitave"], SeenKind.page, "Lomitave", "2024-03-02"),),
+            )  # fmt: skip
+        else:
+            b.called(
+                "",
+                ToolCall("open", {"doc_id": "world/nobody"}),
+                "Error: there is no document world/nobody.",
+                (),
+                "not_found",
+            )
+        answer = "Gupezo" if good else "Tesna"
+        message = (
+            "## Explanation with Citations\nThe rival of Badokiru is Lomitave [[1](world/badokiru)]. "
+            f"The mentor of Lomitave is {answer} [[2]({'world/lomitave' if good else 'world/made-up'})].{hostile}\n\n## Exact Answer\n{answer}"
+        )
+        b.said(message, Action(ActionKind.answer, message=message, answer=answer))
+        evidence = (
+            {"rubric": rubrics[0], "filled": "Lomitave is the rival of Badokiru.", "identified": True, "supported": True,
+             "connected": good, "pages": ["world/badokiru"], "reason": f"the sentence stands in the page{hostile}"},
+            {"rubric": rubrics[1], "filled": f"{answer} is the mentor of Lomitave.", "identified": True, "supported": good, "connected": good},
+            {"check": "citations", "pages": [{"number": 1, "doc_id": "world/badokiru", "title": "Badokiru"}], "unseen": []},
+        )  # fmt: skip
+        parts = {
+            "outcome": float(good),
+            "rubric": 1.0 if good else 0.0,
+            "identified": 2.0,
+            "supported": 2.0 if good else 1.0,
+        }
+        members.append(
+            b.done(
+                StopReason.answered,
+                Verdict(1.3 if good else 0.0, parts, evidence=evidence, status={"outcome": Status.ok}),
+            )
+        )
+    task = Task("t1", question, ("Gupezo",), rubrics, gold_docs=tuple(pages), meta={"hops": 2})
+    return Group("g1", task, tuple(Member(t) for t in members)), words
+
+
+def write_run(folder: Path, steps: int = 120, groups: int = 2, hostile: str = "", summary: bool = True) -> Path:
+    """Write the folder of a finished run (or, without a summary, of one that still goes on)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) for row in metrics(steps)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        f"name: demo\nmodel:\n  path: configs/tiny\nnote: {hostile!r}\n", encoding="utf-8"
+    )
+    for _ in range(groups):
+        made, words = group(hostile)
+        write_records(
+            folder / "trajectories.jsonl", [trajectory_row(made, lambda ids, w=words: " ".join(w[i] for i in ids))]
+        )  # type: ignore[misc]
+    if summary:
+        found = {
+            "success_before": {"mean": 0.34, "low": 0.28, "high": 0.41, "n": 200},
+            "success_after": {"mean": 0.85, "low": 0.79, "high": 0.89, "n": 200},
+            "seconds": {
+                "set up": 31.0,
+                "evaluation_before": 22.0,
+                "training": 280.0,
+                "evaluation_after": 18.5,
+                "report": 0.6,
+            },
+            "tokens": 4_180_000,
+            "steps": steps,
+        }
+        (folder / "summary.json").write_text(json.dumps(to_plain(found)), encoding="utf-8")
+    return folder

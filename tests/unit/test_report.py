@@ -1,0 +1,185 @@
+"""The report: one file, complete, calm with missing or torn input, and safe whatever text a run carried."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.report.build import build_report
+from agents.report.charts import MAX_POINTS, Series, _ticks, area_chart, line_chart, running_mean, short, thin
+from agents.report.timeline import marked
+from agents.types import RecordError
+from tests.synthetic_run import HOSTILE, write_run
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects tags and checks that what opens also closes."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parse(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    path = build_report(write_run(tmp_path / "demo"))
+    assert path == tmp_path / "demo" / "report.html"
+    page = parse(path)
+    text = " ".join(page.text.split())
+    for expected in (
+        "0.34", "0.85", "+0.51", "[0.790, 0.890]", "Who is the mentor of the rival of Badokiru?", "gold answer: Gupezo", "“Gupezo”",
+        "Lomitave is the rival of Badokiru.", "✓ connected", "✗ supported", "Every one is accounted for.", "the call is not valid JSON",
+        "judge_down", "pages: 1 world/badokiru Badokiru", "dropped: stale", "sampler-1 was restarted", "4.18M", "evaluation before", "I should find out who the rival is first.",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert sum(tag == "figure" for tag, _ in page.tags) >= 12
+
+
+def test_it_loads_nothing(tmp_path: Path) -> None:
+    path = build_report(write_run(tmp_path / "demo"))
+    html = path.read_text(encoding="utf-8")
+    assert "default-src 'none'" in html
+    for tag, attrs in parse(path).tags:
+        assert tag not in ("iframe", "object", "embed", "base", "form", "img")
+        assert not attrs.get("src")
+        if "href" in attrs:
+            assert str(attrs["href"]).startswith(("#", "data:,"))
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org)", html)
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    path = build_report(write_run(tmp_path / "demo", hostile=HOSTILE))
+    page = parse(path)
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    assert not any(tag == "img" or any(k.startswith("on") for k in attrs) for tag, attrs in page.tags)
+    assert "document.title='owned'" in page.text
+
+
+@given(st.text(alphabet="<>&\"'[]()#12 a\n/:", max_size=60))
+def test_a_message_never_makes_tags_of_its_own(message: str) -> None:
+    page = Page()
+    page.feed(f"<div>{marked(message, {})}</div>")
+    page.close()
+    assert {tag for tag, _ in page.tags} <= {"div", "span", "strong"}
+    assert page.open == []
+
+
+def test_citations_lead_to_the_page_that_was_read(tmp_path: Path) -> None:
+    page = parse(build_report(write_run(tmp_path / "demo", groups=1)))
+    ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    cites = [attrs for _, attrs in page.tags if "cite" in str(attrs.get("class", "")).split()]
+    links = [str(a["href"]) for a in cites if "href" in a]
+    assert len(links) == 3 and all(link[1:] in ids for link in links)
+    assert sum("unseen" in str(a["class"]) for a in cites) == 1
+
+
+def test_a_run_that_still_goes_on_and_one_that_was_killed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo", summary=False)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 121, "rew')
+    with open(run / "trajectories.jsonl", "a") as file:
+        file.write('{"group": {"id"')
+    text = " ".join(parse(build_report(run)).text.split())
+    assert "summary.json is not there yet" in text
+    assert "1 unreadable line of metrics.jsonl left out" in text
+    assert "the last record is incomplete" in text
+    assert "step 120" in text
+
+
+@pytest.mark.parametrize("kept", ["metrics.jsonl", "summary.json", "trajectories.jsonl"])
+def test_any_one_file_makes_a_page(tmp_path: Path, kept: str) -> None:
+    run = write_run(tmp_path / "demo")
+    for path in run.iterdir():
+        if path.name != kept:
+            path.unlink()
+    parse(build_report(run, tmp_path / "out.html"))
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="holds no run") as caught:
+        build_report(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_trained_again_after_a_restore_replace_the_first(tmp_path: Path) -> None:
+    run = tmp_path / "demo"
+    run.mkdir()
+    rows = [{"kind": "train", "step": s, "success": v} for s, v in ((1, 0.1), (2, 0.9), (2, 0.2), (3, 0.3))]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chart = next(a["data-chart"] for t, a in parse(build_report(run)).tags if t == "figure")
+    assert json.loads(str(chart))["series"][0]["points"] == [[1, 0.1], [2, 0.2], [3, 0.3]]
+
+
+def test_charts_of_little_and_of_much() -> None:
+    assert line_chart("x", [Series("a", [])]) is None
+    assert area_chart("x", [Series("a", [(1, 1)])]) is None
+    one = line_chart("x", [Series("a", [(5, 2.0)])])
+    assert one is not None and "<circle" in one.svg and "nan" not in one.svg
+    flat = line_chart("x", [Series("a", [(s, 0.0) for s in range(5)])])
+    assert flat is not None and "nan" not in flat.svg
+    many = line_chart("x", [Series("<b>", [(s, s) for s in range(5000)])], unit="<i>")
+    assert many is not None and len(many.svg) < 40_000 and "<i>" not in many.svg
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=700))
+def test_thinning_keeps_mean_and_end(values: list[float]) -> None:
+    points = [(float(i), v) for i, v in enumerate(values)]
+    thinned = thin(points)
+    assert len(thinned) <= MAX_POINTS and thinned[-1][0] == points[-1][0]
+    assert min(values) - 1e-6 <= min(y for _, y in thinned) and max(y for _, y in thinned) <= max(values) + 1e-6
+    smooth = running_mean(values)
+    assert len(smooth) == len(values)
+    assert min(values) - 1e-6 <= min(smooth) and max(smooth) <= max(values) + 1e-6
+
+
+@given(st.floats(-1e5, 1e5), st.floats(1e-4, 1e5))
+def test_ticks_span_the_range(low: float, width: float) -> None:
+    ticks = _ticks(low, low + width)
+    assert 2 <= len(ticks) <= 8
+    assert ticks[0] <= low + 1e-6 * width + 1e-9 and ticks[-1] >= low + width - 1e-6 * width - 1e-9
+
+
+def test_short_numbers() -> None:
+    assert [short(v) for v in (0, 0.5, 0.12345, 12345, 4.18e6, 3e-5, 120, 1234)] == [
+        "0",
+        "0.5",
+        "0.123",
+        "12.3k",
+        "4.18M",
+        "3.0e-5",
+        "120",
+        "1234",
+    ]
