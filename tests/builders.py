@@ -30,7 +30,14 @@ def an_identity(task: str = "t", group: str = "g", attempt: int = 0) -> Identity
 
 
 def an_episode(
-    *, task: str = "t", group: str = "g", attempt: int = 0, version: Version = Version(0, 0), tokens: int = 6, vocab: int = 50, seed: int = 0
+    *,
+    task: str = "t",
+    group: str = "g",
+    attempt: int = 0,
+    version: Version = Version(0, 0),
+    tokens: int = 6,
+    vocab: int = 50,
+    seed: int = 0,
 ) -> Episode:
     """Prompt, a tool call, an observation, an answer: random token ids with plausible log-probs."""
     rng = np.random.default_rng([seed, attempt])
@@ -54,7 +61,12 @@ def an_episode(
 
 
 def a_group(
-    rewards: Sequence[float] = (1.0, 0.0), *, task: str = "t", group: str = "g", version: Version = Version(0, 0), **kwargs: int
+    rewards: Sequence[float] = (1.0, 0.0),
+    *,
+    task: str = "t",
+    group: str = "g",
+    version: Version = Version(0, 0),
+    **kwargs: int,
 ) -> Group:
     """A scored group of whole trajectories; `rewards` are outcomes, the rubric part is equal to them."""
     episodes = [an_episode(task=task, group=group, attempt=i, version=version, **kwargs) for i in range(len(rewards))]  # type: ignore[arg-type]

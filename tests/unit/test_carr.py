@@ -239,7 +239,7 @@ def seen(doc_id: str, text: str, kind: SeenKind, title: str = "") -> ToolEvent:
 
 def test_evidence_is_snippets_then_text_then_finds_without_repeats() -> None:
     events = [
-        seen("https://www.a.org/x", "opened", SeenKind.page), seen("a.org/x", "found", SeenKind.find),
+        seen("https://www.a.org/x", "opened", SeenKind.page), seen("a.org/x", "found", SeenKind.match),
         seen("http://a.org/x/", "snippet", SeenKind.snippet, "Title"), seen("a.org/x", "opened", SeenKind.page),
         seen("b", "opened", SeenKind.page), seen("b", "other", SeenKind.page), seen("c", "not cited", SeenKind.page),
     ]  # fmt: skip
