@@ -18,6 +18,7 @@ import ray
 from agents.curriculum import Curriculum
 from agents.types import BackendInfo, Group, Task, Version
 from cluster.buffer import Buffer
+from cluster.errors import UserError, one_line
 from cluster.fleet import Fleet
 from cluster.rollout import Play, RolloutWorker
 from cluster.runtime import actor
@@ -35,7 +36,8 @@ class Actors:
         self._play = play
         self._names = itertools.count()
         self._workers: dict[str, Any] = {}
-        self._loops: dict[Any, str] = {}
+        self._pulses: dict[str, Any] = {}
+        self._replaced = 0
         self.buffer: Any = None
         stateless = {"max_restarts": -1, "max_task_retries": 3}
         self.retrieval = actor(Retrieval, **stateless).remote(config.retrieval, config.service, corpus_dir)
@@ -46,47 +48,56 @@ class Actors:
         ray.get(self.reward.ready.remote())
         for _ in range(config.rollout.workers):
             self._new_worker()
-        ray.get([w.ready.remote() for w in self._workers.values()])
+        ray.get(list(self._pulses.values()))
 
-    def open_buffer(self, curriculum: Curriculum, state: dict[str, Any] | None = None) -> None:
+    def open_buffer(self, curriculum: Curriculum) -> None:
         """The ledger, and with it the rollouts, which start as soon as there is room."""
         train = self._config.train
         self.buffer = actor(Buffer).remote(
-            self._config.buffer,
-            self._config.advantage,
-            curriculum,
-            steps=train.steps,
-            max_minutes=train.max_minutes,
-            state=state,
+            self._config.buffer, self._config.advantage, curriculum, steps=train.steps, max_minutes=train.max_minutes
         )
         ray.get(self.buffer.counts.remote())
         for name in self._workers:
             self._start(name)
 
-    def evaluate(self, tasks: list[Task], label: str) -> Any:
-        """Starts playing held-out tasks on all workers; returns references to their groups, in order of the tasks."""
+    def evaluate(self, tasks: list[Task], label: str) -> Plays:
+        """Starts playing held-out tasks on all workers."""
+        return Plays(self, tasks, label)
+
+    def play(self, tasks: list[Task], label: str, share: int) -> Any:
+        """One worker plays `tasks`; returns a reference to their groups."""
         train, workers = self._config.train, list(self._workers.values())
-        shares = [tasks[i :: len(workers)] for i in range(len(workers))]
-        return [
-            w.evaluate.remote(share, train.eval_attempts, train.eval_temperature, label)
-            for w, share in zip(workers, shares, strict=True)
-        ]
+        return workers[share % len(workers)].evaluate.remote(tasks, train.eval_attempts, train.eval_temperature, label)
+
+    @property
+    def num_workers(self) -> int:
+        return len(self._workers)
 
     def tend(self) -> list[str]:
-        """Replaces rollout workers that died. Returns lines for the log."""
+        """Replaces rollout workers that died. Returns lines for the log. Raises UserError when they die too often."""
         lines = list(ray.get(self.fleet.events.remote()))
-        done, _ = ray.wait(list(self._loops), num_returns=len(self._loops), timeout=0) if self._loops else ([], [])
-        for loop in done:
-            name = self._loops.pop(loop)
+        for name, pulse in list(self._pulses.items()):
+            if not ray.wait([pulse], timeout=0)[0]:
+                continue
             try:
-                ray.get(loop)
-            except ray.exceptions.RayError:
-                self._workers.pop(name)
-                lost = ray.get(self.buffer.worker_lost.remote(name))
-                fresh = self._new_worker()
-                self._start(fresh)
-                lines.append(f"{name} died with {lost} leases, which are leased again; {fresh} took its place")
+                ray.get(pulse)
+                self._pulses[name] = self._workers[name].ready.remote()
+            except ray.exceptions.RayError as error:
+                lines.append(self._replace(name, one_line(error)))
         return lines
+
+    def _replace(self, name: str, reason: str) -> str:
+        self._workers.pop(name)
+        self._pulses.pop(name)
+        self._replaced += 1
+        if self._replaced > self._config.rollout.max_restarts:
+            raise UserError(f"rollout workers died {self._replaced} times, the last with: {reason}")
+        lost = ray.get(self.buffer.worker_lost.remote(name)) if self.buffer is not None else 0
+        ray.get(self.fleet.worker_lost.remote(name))
+        fresh = self._new_worker()
+        if self.buffer is not None:
+            self._start(fresh)
+        return f"{name} died with {lost} leases, which are leased again; {fresh} took its place"
 
     def close(self) -> None:
         """Ends every actor; engines first, so that their processes end in order."""
@@ -103,16 +114,35 @@ class Actors:
         name = f"rollout-{next(self._names)}"
         made = actor(RolloutWorker).remote(name, self._play, self.fleet, self.retrieval, self.info, self.reward)
         self._workers[name] = made
+        self._pulses[name] = made.ready.remote()
         return name
 
     def _start(self, name: str) -> None:
-        self._loops[self._workers[name].run.remote(self.buffer)] = name
+        self._workers[name].run.remote(self.buffer)
 
 
-def gather(references: list[Any], num_tasks: int) -> list[Group]:
-    """The groups of `Actors.evaluate`, in the order of its tasks."""
-    shares: list[list[Group]] = ray.get(references)
-    return [shares[i % len(shares)][i // len(shares)] for i in range(num_tasks)]
+class Plays:
+    """Held-out tasks being played, a share per worker. A share whose worker died is played again by another."""
+
+    def __init__(self, actors: Actors, tasks: list[Task], label: str) -> None:
+        self._actors = actors
+        self._label = label
+        self._shares = [tasks[i :: actors.num_workers] for i in range(actors.num_workers)]
+        self._order = [t.id for t in tasks]
+        self._pending = {i: actors.play(share, label, i) for i, share in enumerate(self._shares)}
+        self._groups: dict[str, Group] = {}
+
+    def done(self) -> list[Group] | None:
+        """The groups in the order of the tasks, or None while some are still being played. Never waits."""
+        for i, reference in list(self._pending.items()):
+            if not ray.wait([reference], timeout=0)[0]:
+                continue
+            try:
+                self._groups.update({g.task.id: g for g in ray.get(reference)})
+                del self._pending[i]
+            except ray.exceptions.RayActorError:
+                self._pending[i] = self._actors.play(self._shares[i], self._label, i + 1)
+        return None if self._pending else [self._groups[task] for task in self._order]
 
 
 @contextlib.contextmanager

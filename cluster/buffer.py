@@ -38,6 +38,16 @@ class BufferConfig:
     """Attempts at each task."""
     max_retries: int = 2
     """How often a task is leased again after infrastructure lost it."""
+    max_failures_in_a_row: int = 50
+    """Leases that infrastructure may lose one after the other before the run stops with the cause."""
+
+    def check(self) -> None:
+        """Raises ValueError, one line, for a value outside its range."""
+        if self.max_staleness < 0:
+            raise ValueError(f"buffer.max_staleness is {self.max_staleness}; it must be 0 or more")
+        for name in ("groups_per_batch", "group_size", "max_failures_in_a_row"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"buffer.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,10 @@ class Batch:
     last: bool
     """True when training ends after this batch."""
     stats: dict[str, float] = field(default_factory=dict)
+
+
+class OutOfOrder(RuntimeError):
+    """The run cannot go on; the message is one line that says why."""
 
 
 class Buffer:
@@ -95,6 +109,9 @@ class Buffer:
         self._batch: Batch | None = None
         self._rows: list[dict[str, Any]] = []
         self._closed = False
+        self._gone: set[str] = set()
+        self._failed_in_a_row = 0
+        self._fatal = ""
         self._incarnation = -1
         self._held = False
         self._changed = asyncio.Condition()
@@ -107,8 +124,10 @@ class Buffer:
         async with self._changed:
             while self._closed or self._held or self._ledger.capacity <= 0:
                 left = deadline - time.monotonic()
-                if self._closed or left <= 0 or not await self._wait(left):
+                if self._closed or worker in self._gone or left <= 0 or not await self._wait(left):
                     return None
+            if worker in self._gone:  # a call of a worker that died since: its lease would never end
+                return None
             task = self._again.popleft() if self._again else self._curriculum.sample(1)[0]
             lease = Lease(f"{task.id}/{next(self._serial)}", task, self._config.group_size, worker)
             self._ledger.admit(lease.id, lease.episodes)
@@ -124,7 +143,9 @@ class Buffer:
             if all(t.verdict is not None and t.verdict.masked for g in groups for t in g.trajectories):
                 self._ledger.fail(lease_id, _cause(groups))
                 self._lease_again(lease.task)
+                self._note_failure(_cause(groups))
             else:
+                self._failed_in_a_row = 0
                 self._ledger.finish(lease_id)
                 self._groups[lease_id] = tuple(groups)
             self._changed.notify_all()
@@ -136,11 +157,13 @@ class Buffer:
             if not self._ledger.fail(lease_id, reason):
                 return False
             self._lease_again(self._leases.pop(lease_id).task)
+            self._note_failure(reason)
             self._changed.notify_all()
             return True
 
     async def worker_lost(self, worker: str) -> int:
-        """Fails every lease of a dead worker. Returns how many."""
+        """Fails every lease of a dead worker, and gives it no more. Returns how many."""
+        self._gone.add(worker)
         lost = [lease.id for lease in self._leases.values() if lease.worker == worker]
         for lease_id in lost:
             await self.fail(lease_id, "worker_lost")
@@ -214,7 +237,9 @@ class Buffer:
         return self._ledger.counts()
 
     async def rows(self) -> list[dict[str, Any]]:
-        """Log rows since the last call."""
+        """Log rows since the last call. Raises OutOfOrder when leases fail one after the other."""
+        if self._fatal:
+            raise OutOfOrder(self._fatal)
         rows, self._rows = self._rows, []
         return rows
 
@@ -241,6 +266,16 @@ class Buffer:
             return False
         return True
 
+    def _note_failure(self, reason: str) -> None:
+        """Infrastructure that fails every time must end the run, not spin."""
+        self._failed_in_a_row += 1
+        limit = self._config.max_failures_in_a_row
+        if self._failed_in_a_row >= limit and not self._fatal:
+            last = next((r["message"] for r in reversed(self._rows) if r["kind"] == "event"), "")
+            self._fatal = f"{limit} leases failed one after the other, the last with {reason}" + (
+                f" ({last})" if last else ""
+            )
+
     def _lease_again(self, task: Task) -> None:
         self._retries[task.id] += 1
         if self._retries[task.id] <= self._config.max_retries:
@@ -249,12 +284,8 @@ class Buffer:
     def _drop_stale(self) -> None:
         """A lease leaves only if every member of it is over age; a single over-age member is withheld at shipping."""
         for lease_id in self._ledger.ready_leases():
-            oldest = [
-                min((v.step for v in t.versions), default=self._step)
-                for g in self._groups[lease_id]
-                for t in g.trajectories
-            ]
-            if all(self._step - step > self._config.max_staleness for step in oldest):
+            sampled = [t.versions for g in self._groups[lease_id] for t in g.trajectories if t.versions]
+            if all(self._step - min(v.step for v in versions) > self._config.max_staleness for versions in sampled):
                 self._ledger.drop_ready(lease_id, "stale")
                 del self._groups[lease_id]
 
@@ -273,7 +304,8 @@ class Buffer:
         row = {**batch_stats(groups), **summarise(stats), "masked/stale": float(over_age)}
         ages = [sample_age(s, self._step) for s in samples] or [0]
         row["staleness/mean"], row["staleness/max"] = float(np.mean(ages)), float(max(ages))
-        self._curriculum.update({g.task.id: float(np.mean([v.reward for v in g.verdicts])) for g in groups})
+        judged = {g.task.id: [v.reward for v in g.verdicts if not v.masked] for g in groups}
+        self._curriculum.update({task: float(np.mean(rewards)) for task, rewards in judged.items() if rewards})
         last = self._step + 1 >= self._steps or time.monotonic() >= self._ends_at
         return Batch(self._step, _shards(samples, world_size), last, row)
 

@@ -6,19 +6,22 @@ says which weights answered (they may change under way), the ones before and aft
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import ray
 
 from agents.recordfile import write_records
 from agents.types import Group, Task
-from cluster.actors import Actors, gather
+from cluster.actors import Actors, Plays
+from cluster.errors import UserError
 from cluster.learner import TrainConfig
 from rewards.metrics.intervals import wilson
+
+POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,13 @@ def eval_row(groups: Sequence[Group]) -> dict[str, float]:
     for hops in sorted({g.task.meta["hops"] for g in groups if "hops" in g.task.meta}):
         row[f"success/hops_{hops}"] = success([g for g in groups if g.task.meta.get("hops") == hops]).mean
     verdicts = [v for g in groups for v in g.verdicts]
+    judged = [v for v in verdicts if not v.masked]
     row["masked"] = float(sum(v.masked for v in verdicts))
-    for part in sorted({p for v in verdicts for p in v.parts} - {"outcome"}):
-        row[f"parts/{part}"] = float(np.mean([v.parts.get(part, 0.0) for v in verdicts if not v.masked]))
+    for part in sorted({p for v in judged for p in v.parts} - {"outcome"}):
+        # Rubrics of lazily judged groups were not looked at; they are not zeros.
+        seen = [v.parts[part] for v in judged if part in v.parts and (part == "f1" or v.parts.get("rubric_judged", 1))]
+        if seen:
+            row[f"parts/{part}"] = float(np.mean(seen))
     members = [t for g in groups for t in g.trajectories]
     row["episode/sampled_tokens"] = float(np.mean([sum(int(t.mask.sum()) for t in m.turns) for m in members]))
     for tool, name in (("search", "searches"), ("open", "opens")):
@@ -65,29 +72,36 @@ class Evaluation:
     def __init__(self, actors: Actors, tasks: list[Task], train: TrainConfig, folder: Path) -> None:
         self._actors = actors
         self._tasks = tasks
-        self._during = train.eval_tasks_during
-        self._every = train.eval_every
+        self._train = train
         self._folder = folder
-        self._pending: tuple[int, list[Any], int] | None = None
+        self._pending: tuple[int, Plays] | None = None
         self._last = 0
 
     def full(self, label: str) -> list[Group]:
-        """All tasks, waited for. The groups are also kept as `eval/LABEL.jsonl`."""
-        groups = gather(self._actors.evaluate(self._tasks, label), len(self._tasks))
+        """All tasks, waited for. The groups are also kept as `eval/LABEL.jsonl`. Raises UserError when none was judged."""
+        plays = self._actors.evaluate(self._tasks, label)
+        while (groups := plays.done()) is None:
+            self._actors.tend()
+            time.sleep(POLL_S)
         write_records(self._folder / f"{label}.jsonl", groups)
+        if not success(groups).n:
+            causes = Counter(c for g in groups for v in g.verdicts for c in v.causes.values())
+            raise UserError(
+                f"no attempt of the evaluation {label!r} could be judged: {dict(causes)}; look at engines and judge"
+            )
         return groups
 
     def tick(self, step: int) -> tuple[int, dict[str, float]] | None:
-        """Starts an evaluation when its step has come; returns the row of one that is done. Never waits."""
+        """Starts an evaluation when its step has come; returns step and row of one that is done. Never waits."""
         if self._pending is not None:
-            begun_at, references, count = self._pending
-            done, _ = ray.wait(references, num_returns=len(references), timeout=0)
-            if len(done) < len(references):
+            begun_at, plays = self._pending
+            groups = plays.done()
+            if groups is None:
                 return None
             self._pending = None
-            return begun_at, eval_row(gather(references, count))
-        if self._every and step >= self._last + self._every:
-            self._last = step - step % self._every
-            tasks = self._tasks[: self._during]
-            self._pending = (step, self._actors.evaluate(tasks, f"step-{step}"), len(tasks))
+            return begun_at, eval_row(groups)
+        every = self._train.eval_every
+        if every and self._last + every <= step < self._train.steps:
+            self._last = step - step % every
+            self._pending = step, self._actors.evaluate(self._tasks[: self._train.eval_tasks_during], f"step-{step}")
         return None

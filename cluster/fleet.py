@@ -15,7 +15,7 @@ import itertools
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import ray
@@ -102,6 +102,11 @@ class FleetConfig:
     publish_deadline_s: float = 120.0
     """Deadline of each phase of a publish that moves weights."""
 
+    def check(self) -> None:
+        """Raises ValueError, one line, for a value outside its range."""
+        if self.num_engines < 1:
+            raise ValueError(f"fleet.num_engines is {self.num_engines}; it must be at least 1")
+
 
 @dataclass
 class _Engine:
@@ -121,6 +126,7 @@ class Fleet:
         self._engine_config = engine
         self._engines: dict[str, _Engine] = {}
         self._routes: dict[str, str] = {}
+        self._owners: dict[str, str] = {}
         self._manifest: Manifest | None = None
         self._version = engine.version
         self._names = itertools.count()
@@ -135,12 +141,12 @@ class Fleet:
         """Starts all engines; returns their pids by name. Raises EngineError of the first that cannot start."""
         fresh = [self._create() for _ in range(self._config.num_engines)]
         for engine in fresh:  # one after another: start-up is bound by the processor
-            engine.pids = await engine.handle.start.remote()
+            engine.pids = await self._started(engine)
             engine.live = True
         self._watch = asyncio.create_task(self._watch_health())
         return {e.name: e.pids for e in fresh}
 
-    async def route(self, session: str, timeout_s: float = 120.0) -> tuple[str, Any]:
+    async def route(self, session: str, worker: str = "", timeout_s: float = 120.0) -> tuple[str, Any]:
         """(name, handle) of the engine that serves `session`. Raises EngineError when none comes up in time."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -152,6 +158,7 @@ class Fleet:
                 chosen = min(live, key=lambda e: (e.sessions, e.name))
                 chosen.sessions += 1
                 self._routes[session] = chosen.name
+                self._owners[session] = worker
                 return chosen.name, chosen.handle
             if self._fatal or time.monotonic() > deadline:
                 raise EngineError("dead", self._fatal or f"no sampler engine came up within {timeout_s:g} s")
@@ -159,9 +166,15 @@ class Fleet:
 
     async def release(self, session: str) -> None:
         """The session is over."""
+        self._owners.pop(session, None)
         engine = self._engines.get(self._routes.pop(session, ""))
         if engine is not None:
             engine.sessions -= 1
+
+    async def worker_lost(self, worker: str) -> None:
+        """A rollout worker died: its sessions are over."""
+        for session in [s for s, owner in self._owners.items() if owner == worker]:
+            await self.release(session)
 
     async def report(self, name: str, reason: str) -> None:
         """Somebody saw engine `name` fail: it is fenced and started again."""
@@ -187,33 +200,26 @@ class Fleet:
         }  # fmt: skip
 
     async def verify(self) -> dict[str, Any]:
-        """Compares what every live engine received with what was published last. Raises EngineError on a difference."""
+        """Compares what every live engine received with what was published last; one that differs is fenced."""
         sums = {}
-        for engine in [e for e in self._engines.values() if e.live]:
-            with contextlib.suppress(ray.exceptions.RayActorError):
-                sums[engine.name] = await engine.handle.checksums.remote()
-        expected = self._manifest.checksum if self._manifest else None
-        wrong = {
-            name: s["received"] for name, s in sums.items() if s["received"] != expected and self._engines[name].live
-        }
-        if wrong:
-            raise EngineError("weights", f"engines hold other weights than were published ({expected}): {wrong}")
+        async with self._membership:
+            expected = self._manifest.checksum if self._manifest else None
+            for engine in [e for e in self._engines.values() if e.live]:
+                try:
+                    async with asyncio.timeout(self._config.health_timeout_s):
+                        found = await engine.handle.checksums.remote()
+                except Exception as error:
+                    self._fence(engine, f"gave no checksum: {one_line(error) or 'no answer in time'}")
+                    continue
+                if found["received"] == expected:
+                    sums[engine.name] = found
+                else:
+                    self._fence(engine, f"holds weights {found['received']}, published were {expected}")
         return sums
 
     async def members(self) -> dict[str, dict[str, Any]]:
         """What the fleet knows of each engine."""
         return {e.name: {"live": e.live, "pids": e.pids, "sessions": e.sessions} for e in self._engines.values()}
-
-    async def stats(self) -> dict[str, float]:
-        """Counters over all live engines."""
-        total: dict[str, float] = {"engines": 0.0, "restarts": float(self._restarts)}
-        for engine in [e for e in self._engines.values() if e.live]:
-            with contextlib.suppress(Exception):
-                found = await asyncio.wait_for(asyncio.wrap_future(engine.handle.stats.remote().future()), 10.0)
-                total["engines"] += 1
-                for key in ("in_flight", "prompt_tokens", "cached_tokens", "sampled_tokens"):
-                    total[key] = total.get(key, 0.0) + float(found[key])
-        return total
 
     async def events(self) -> list[str]:
         """Lines for the run's log since the last call. Raises EngineError when the engines failed too often to go on."""
@@ -236,10 +242,23 @@ class Fleet:
 
     # ------------------------------------------------------------------------------------------------- inside
 
+    async def _started(self, engine: _Engine) -> list[int]:
+        limit_s = self._engine_config.start_timeout_s + 60
+        try:
+            async with asyncio.timeout(limit_s):
+                return list(await engine.handle.start.remote())
+        except TimeoutError:
+            raise EngineError(
+                "start", f"{engine.name} did not come up within {limit_s:g} s: no room for it on the cluster?"
+            ) from None
+
     def _create(self) -> _Engine:
-        name = f"sampler-{next(self._names)}"
+        number = next(self._names)
+        name = f"sampler-{number}"
+        # Engines of one seed would draw the same noise for the same prompt.
+        config = replace(self._engine_config, seed=self._engine_config.seed + number)
         options = {"num_cpus": self._config.num_cpus, "num_gpus": self._config.num_gpus, "max_concurrency": 2048}
-        engine = _Engine(name, ray.remote(Sampler).options(**options).remote(self._engine_config))
+        engine = _Engine(name, ray.remote(Sampler).options(**options).remote(config))
         self._engines[name] = engine
         return engine
 
@@ -262,7 +281,7 @@ class Fleet:
         """A new engine from the checkpoint, then the current weights, then routes."""
         engine = self._create()
         try:
-            engine.pids = await engine.handle.start.remote()
+            engine.pids = await self._started(engine)
             async with self._membership:  # no publish may slip in between these weights and the first route
                 if self._manifest is not None:
                     report = await publish(

@@ -12,11 +12,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agents.learning.config import LearnerConfig
+from agents.learning.config import LearnerConfig, LoraConfig
 from agents.types import Version
 from cluster.runtime import environment
 
@@ -54,7 +54,13 @@ class TrainConfig:
     max_failures: int = 3
     """Restarts of the learner from its last checkpoint before the run stops."""
     batch_timeout_s: float = 1800.0
-    """How long the learner waits for a batch before the run stops, saying what it waited for."""
+    """How long a run may go without an optimiser batch before it stops, saying where its episodes are."""
+
+    def check(self) -> None:
+        """Raises ValueError, one line, for a value outside its range."""
+        for name in ("steps", "eval_tasks", "eval_attempts", "num_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,6 @@ class Setup:
     fleet: Any
     segments: str
     """Folder for published weights, in memory where the machine has one."""
-    seed: int = 0
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -82,6 +87,7 @@ def train_loop(config: dict[str, Any]) -> None:
     from agents.learning.checkpoint import load_checkpoint, save_checkpoint
     from agents.learning.learner import Learner
     from agents.learning.model import load_model
+    from agents.learning.scorer import ReferenceScorer
     from agents.learning.shard import apply_fsdp
     from cluster.vllm.segment import ShmWriter
 
@@ -91,6 +97,10 @@ def train_loop(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device() if setup.train.worker_gpus else "cpu"
     model = load_model(setup.model, setup.learner, device)
     learner = Learner(apply_fsdp(model) if world > 1 else model, setup.learner)
+    # The reference for the KL is the checkpoint training starts from; every rank scores its own samples with a whole copy.
+    reference = None
+    if setup.learner.loss.kl_coef > 0:
+        reference = ReferenceScorer(load_model(setup.model, replace(setup.learner, lora=LoraConfig()), device))
     extra: dict[str, Any] = {}
     saved = ray.train.get_checkpoint()
     if saved is not None:
@@ -103,14 +113,14 @@ def train_loop(config: dict[str, Any]) -> None:
         publisher = Publisher(setup, incarnation, ShmWriter(setup.segments, prefix=f"weights-{incarnation}"))
     if context.get_world_size() > 1:
         torch.distributed.barrier()  # nobody asks for a batch before the ledger went back
-    if saved is not None or (publisher is not None and publisher.incarnation):
-        _publish(publisher, learner, step)
+    _publish(publisher, learner, step)  # also at the very start: it proves the way to every engine
     began = time.monotonic()
     while True:
         asked = time.monotonic()
         batch = _next_batch(setup, step, world)
         wait_s = time.monotonic() - asked
-        metrics = learner.step(list(batch.shards[rank]))
+        samples = list(batch.shards[rank])
+        metrics = learner.step(reference(samples) if reference else samples)
         step += 1
         if publisher is not None:
             times = {"time/wait_s": wait_s, "time/elapsed_s": time.monotonic() - began}
@@ -128,18 +138,13 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def _next_batch(setup: Setup, step: int, world: int) -> Any:
+    """Waits for the batch. The driver, which sees everything, decides when waiting has taken too long."""
     import ray
 
-    deadline = time.monotonic() + setup.train.batch_timeout_s
-    while time.monotonic() < deadline:
+    while True:
         batch = ray.get(setup.buffer.next_batch.remote(step, world))
         if batch is not None:
             return batch
-    counts = ray.get(setup.buffer.counts.remote())
-    raise TimeoutError(
-        f"no batch for optimiser step {step} within {setup.train.batch_timeout_s:g} s; the ledger holds {counts}. "
-        "Look at the samplers and the reward, or raise train.batch_timeout_s"
-    )
 
 
 class Publisher:
@@ -187,9 +192,10 @@ class LearnerRun:
     @property
     def running(self) -> bool:
         """False once training has ended. Raises what it ended with, if that was an error."""
+        alive = self._thread.is_alive()
         if self._error is not None:
             raise self._error
-        return self._thread.is_alive()
+        return alive
 
     def _fit(self) -> None:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster.errors import UserError
+from cluster.rundir import storage_dir
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
@@ -38,22 +39,47 @@ _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.we
 
 def preflight(config: RunConfig) -> None:
     """All checks of a run. Raises UserError (or a room's own one-line error) for the first that fails."""
+    from agents.curriculum import CURRICULA
+    from agents.protocols import PROTOCOLS
     from cluster.model import resolve
+    from cluster.runtime import joined_address
+    from cluster.speech import make_speech
+    from retrieval.backend import ENGINES
     from retrieval.corpus import corpus_files
 
-    for section in (config.reward, config.sampling, config.advantage, config.learner):
+    sections = (
+        config.reward, config.sampling, config.advantage, config.learner, config.buffer, config.fleet, config.rollout,
+        config.train,
+    )  # fmt: skip
+    for section in sections:
         check = getattr(section, "check", None)
         if check is not None:
             try:
                 check()
             except ValueError as error:
                 raise UserError(str(error)) from None
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        raise UserError(f"name {config.name!r} is no folder name; use letters, digits, '.', '_' and '-'")
+    for key, value, known in (
+        ("curriculum", config.curriculum, CURRICULA), ("protocol.name", config.protocol.name, PROTOCOLS),
+        ("model.init", config.model.init, ("pretrained", "random")), ("world.kind", config.world.kind, ("synthetic", "jsonl")),
+        ("retrieval.kind", config.retrieval.kind, ENGINES), ("judge.kind", config.judge.kind, ("rule", "chat")),
+    ):  # fmt: skip
+        if value not in known:
+            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(sorted(known))}")
+    advantage = config.advantage
+    if advantage.name == "c_grpo" and not advantage.correct_only and config.reward.lazy_rubrics:
+        raise UserError(
+            "advantage.correct_only=false rewards rubrics of wrong rollouts, which need reward.lazy_rubrics=false"
+        )
     if not config.model.path:
         raise UserError("model.path is not set; give the folder of a checkpoint, such as model.path=envs/world/policy")
     model = resolve(config.model.path)
     random = config.model.init == "random"
     weights_bytes = check_model(model, random=random, max_model_len=config.engine.max_model_len)
-    check_tokenizer(resolve(config.model.tokenizer) if config.model.tokenizer else model, model)
+    tokenizer = resolve(config.model.tokenizer) if config.model.tokenizer else model
+    check_tokenizer(tokenizer, model)
+    make_speech(str(tokenizer), config.protocol)  # a chat template that cannot be spoken is found here
     if config.world.kind == "jsonl":
         for corpus in config.world.jsonl.corpus:
             check_file(resolve(corpus), "corpus", "world.jsonl.corpus", folders=True)
@@ -66,7 +92,7 @@ def preflight(config: RunConfig) -> None:
     check_storage(config.storage_path, need_bytes=keep * 3 * weights_bytes + GIB // 2)
     if config.judge.kind != "rule":
         check_endpoint(config.judge.base_url, "judge.base_url")
-    joined = os.environ.get("RAY_ADDRESS") or ("" if config.ray.address == "local" else config.ray.address)
+    joined = joined_address(config.ray)
     if joined:
         check_ray(joined)
         return
@@ -75,6 +101,16 @@ def preflight(config: RunConfig) -> None:
     if config.fleet.num_gpus == 0:
         kv_gib = 0.5 if config.engine.kv_cache_gb is None else config.engine.kv_cache_gb
         check_memory(config.fleet.num_engines, weights_bytes, kv_gib, store_gib=config.ray.object_store_mb / 1024)
+
+
+def needs(config: RunConfig) -> dict[str, float]:
+    """What a run's actors ask Ray for, by resource."""
+    fleet, train = config.fleet, config.train
+    wanted = {
+        "CPU": fleet.num_engines * fleet.num_cpus + train.num_workers * train.worker_cpus,
+        "GPU": fleet.num_engines * fleet.num_gpus + train.num_workers * train.worker_gpus,
+    }
+    return {kind: amount for kind, amount in wanted.items() if amount}
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -221,10 +257,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def check_storage(storage_path: str, *, need_bytes: int = 0) -> None:
-    """Whether a run may write where it is told to, and has room. URIs are left to whoever writes them."""
-    if "://" in storage_path:
-        return
-    path = Path(storage_path).expanduser().absolute()
+    """Whether a run may write where it is told to, and has room."""
+    path = storage_dir(storage_path)
     place = next(p for p in (path, *path.parents) if p.exists())
     if not place.is_dir():
         raise UserError(f"storage_path {path} cannot be made: {place} is a file; choose another storage_path")

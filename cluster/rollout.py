@@ -61,6 +61,15 @@ class RolloutConfig:
     score_timeout_s: float = 600.0
     """Deadline of scoring one group."""
 
+    max_restarts: int = 20
+    """Replacements of dead rollout workers before the run stops."""
+
+    def check(self) -> None:
+        """Raises ValueError, one line, for a value outside its range."""
+        for name in ("workers", "groups_in_flight"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name} is {getattr(self, name)}; it must be at least 1")
+
 
 class PolicyFailed(RuntimeError):
     """No engine gave a policy turn, after all retries."""
@@ -69,9 +78,10 @@ class PolicyFailed(RuntimeError):
 class RemotePolicy:
     """`interfaces.Policy` over the sampler fleet."""
 
-    def __init__(self, fleet: Any, config: RolloutConfig) -> None:
+    def __init__(self, fleet: Any, config: RolloutConfig, worker: str) -> None:
         self._fleet = fleet
         self._config = config
+        self._worker = worker
         self._routes: dict[str, tuple[str, Any]] = {}
         self._serial = 0
 
@@ -87,7 +97,10 @@ class RemotePolicy:
             try:
                 async with asyncio.timeout(self._config.generate_timeout_s):
                     return await handle.generate.remote(list(prompt_ids), request, sampling, list(stop_token_ids))
-            except (ray.exceptions.RayError, TimeoutError) as failure:
+            except TimeoutError:
+                # Slow is not dead: the fleet's own health check judges the engine.
+                raise PolicyFailed(f"no policy turn within {self._config.generate_timeout_s:g} s") from None
+            except ray.exceptions.RayError as failure:
                 error = getattr(failure, "cause", None) or failure
                 if isinstance(error, EngineError) and error.kind == "request":
                     break  # the engine is well; it cannot do this request, and no other could
@@ -98,14 +111,15 @@ class RemotePolicy:
     async def _route(self, session: str) -> tuple[str, Any]:
         if session not in self._routes:
             try:
-                self._routes[session] = await self._fleet.route.remote(session)
+                self._routes[session] = await self._fleet.route.remote(session, self._worker)
             except ray.exceptions.RayError as failure:
                 raise PolicyFailed(one_line(failure)) from failure
         return self._routes[session]
 
     async def release(self, session: str) -> None:
-        if self._routes.pop(session, None) is not None:
-            await self._fleet.release.remote(session)
+        """The session is over."""
+        self._routes.pop(session, None)
+        await self._fleet.release.remote(session)
 
 
 class RemoteBackend:
@@ -147,12 +161,11 @@ class RolloutWorker:
         self._name = name
         self._play = play
         self._speech: Speech = play.speech()
-        self._policy = RemotePolicy(fleet, play.rollout)
+        self._policy = RemotePolicy(fleet, play.rollout, name)
         self._backend = RemoteBackend(retrieval, info)
         self._reward = reward
         self._buffer: Any = None
         self._stop = False
-        self._now: dict[str, str] = {}
 
     async def ready(self) -> int:
         """Its pid, once it can work."""
@@ -189,10 +202,6 @@ class RolloutWorker:
 
         return list(await asyncio.gather(*(one(task) for task in tasks)))
 
-    async def waiting_for(self) -> dict[str, str]:
-        """What each lease is waiting for now, for the watchdog."""
-        return dict(self._now)
-
     # ------------------------------------------------------------------------------------------------- inside
 
     async def _serve(self, lease: Lease, room: asyncio.Semaphore) -> None:
@@ -205,19 +214,16 @@ class RolloutWorker:
             await self._buffer.event.remote(f"lease {lease.id} failed: {one_line(error)}")
             await self._buffer.fail.remote(lease.id, "rollout_failed")
         finally:
-            self._now.pop(lease.id, None)
             room.release()
 
     async def _group(self, task: Task, group_id: str, episodes: int, temperature: float | None) -> Group:
         began = time.perf_counter()
-        self._now[group_id] = "episodes"
         played = await asyncio.gather(*(self._episode(task, group_id, i, temperature) for i in range(episodes)))
         members = tuple(Member(t) for episode in played for t in episode.trajectories())
         seconds = {
             k: sum(e.seconds.get(k, 0.0) for e in played) for k in sorted({k for e in played for k in e.seconds})
         }
         group = Group(group_id, task, members, {**seconds, "rollout": time.perf_counter() - began})
-        self._now[group_id] = "reward"
         began = time.perf_counter()
         verdicts = await self._score(group)
         return replace(group.with_verdicts(verdicts), seconds={**group.seconds, "judge": time.perf_counter() - began})
@@ -244,8 +250,9 @@ class RolloutWorker:
             await self._policy.release(session_of(identity))
 
     async def _score(self, group: Group) -> list[Verdict]:
+        """A reward that is gone or silent masks the group; an error inside it is a bug and fails the lease by name."""
         try:
             async with asyncio.timeout(self._play.rollout.score_timeout_s):
                 return await self._reward.score.remote(group)
-        except (ray.exceptions.RayError, TimeoutError) as error:
+        except (ray.exceptions.RayActorError, TimeoutError) as error:
             return [Verdict.unavailable("reward", f"reward_actor:{type(error).__name__}")] * len(group.members)

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +54,13 @@ def environment(threads: int = 1) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def ray_session(config: RayConfig) -> Iterator[Any]:
-    """Ray, started or joined. Yields the `ray` module."""
+def ray_session(config: RayConfig, needs: Mapping[str, float] | None = None) -> Iterator[Any]:
+    """Ray, started or joined. Yields the `ray` module. `needs`: the resources that actors will ask it for."""
     os.environ.update(gumshoe.child_env())
     warnings.filterwarnings("ignore")
     import ray
 
-    joined = os.environ.get("RAY_ADDRESS") or (None if config.address == "local" else config.address)
+    joined, needs = joined_address(config), needs or {}
     if ray.is_initialized():
         yield ray
         return
@@ -71,7 +74,7 @@ def ray_session(config: RayConfig) -> Iterator[Any]:
             ray.init(address=joined, runtime_env=variables, **quiet)
         else:
             ray.init(
-                address="local", num_cpus=config.num_cpus or max(4, os.cpu_count() or 1), include_dashboard=config.dashboard,
+                address="local", num_cpus=config.num_cpus or max(4, os.cpu_count() or 1, math.ceil(needs.get("CPU", 0))), include_dashboard=config.dashboard,
                 dashboard_host="127.0.0.1", dashboard_port=config.dashboard_port,
                 object_store_memory=config.object_store_mb << 20, runtime_env=variables, **quiet,
             )  # fmt: skip
@@ -81,10 +84,40 @@ def ray_session(config: RayConfig) -> Iterator[Any]:
         raise RayUnreachable(
             f"{where} could not be reached: {reason}. Start one with `ray start --head`, or set ray.address=local"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # else Ray's own handler ends the process with a stack trace
     try:
+        there = ray.cluster_resources()
+        for kind, amount in needs.items():
+            if amount > there.get(kind, 0):
+                raise RayUnreachable(
+                    f"this run asks Ray for {amount:g} {kind}, the cluster has {there.get(kind, 0):g}; "
+                    "lower fleet.num_engines, fleet.num_cpus or train.num_workers, or add nodes"
+                )
         yield ray
     finally:
         ray.shutdown()
+
+
+def joined_address(config: RayConfig) -> str:
+    """The cluster to join, or an empty string for a Ray of our own. RAY_ADDRESS wins, as everywhere in Ray.
+
+    An http address there is the job client's and means nothing here. Raises RayUnreachable for Ray client addresses.
+    """
+    given = os.environ.get("RAY_ADDRESS", "")
+    if given.startswith(("http://", "https://")):
+        given = ""
+    address = given or config.address
+    if address.startswith("ray://"):
+        raise RayUnreachable(
+            f"{address} is a Ray client address; submit a job instead (`gumshoe submit`), or give host:port"
+        )
+    return "" if address == "local" else address
+
+
+def _interrupt(*_: object) -> None:
+    """A request to end is answered like Ctrl-C: everything that was started is ended in order."""
+    raise KeyboardInterrupt
 
 
 def actor(cls: type, *, num_cpus: float = 0.0, num_gpus: float = 0.0, **options: Any) -> Any:

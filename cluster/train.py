@@ -16,10 +16,11 @@ import ray
 from agents.curriculum import CURRICULA
 from agents.report.build import build_report
 from cluster.actors import Actors, placed
+from cluster.errors import UserError
 from cluster.evaluate import Evaluation, eval_row, success
 from cluster.learner import LearnerRun, Setup
 from cluster.model import prepare_model
-from cluster.preflight import preflight
+from cluster.preflight import needs, preflight
 from cluster.progress import Progress
 from cluster.rundir import open_run, segment_dir, write_trajectories
 from cluster.runlog import RunLog
@@ -33,18 +34,19 @@ POLL_S = 0.5
 def run(config: RunConfig) -> dict[str, Any]:
     """Trains as `config` says. Returns what also lies in the run's `summary.json`."""
     preflight(config)
-    run_dir = open_run(config)
     progress = Progress(config.train.steps)
     phases = Phases(progress)
-    with RunLog(run_dir) as log, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        run_dir = stack.enter_context(open_run(config))
+        log = stack.enter_context(RunLog(run_dir))
         stack.callback(progress.close)
         with phases("world, index and model"):
             world = open_world(config.world, config.retrieval, run_dir, run_dir.parent)
             model = prepare_model(config.model, run_dir, config.seed)
         with phases("Ray, engines and actors"):
-            stack.enter_context(ray_session(config.ray))
-            segments = stack.enter_context(segment_dir(config.name))
+            stack.enter_context(ray_session(config.ray, needs(config)))
             actors, speech = stack.enter_context(placed(config, model, world.index_dir))
+            segments = stack.enter_context(segment_dir())
             log.event(0, f"engines: {json.dumps(actors.engine_pids)}")
         tasks = world.eval_tasks[: config.train.eval_tasks]
         evaluation = Evaluation(actors, tasks, config.train, run_dir / "eval")
@@ -56,28 +58,27 @@ def run(config: RunConfig) -> dict[str, Any]:
             actors.open_buffer(CURRICULA[config.curriculum](world.train_tasks, config.seed))
             setup = Setup(model, config.train, config.learner, actors.buffer, actors.fleet, segments)
             learner = LearnerRun(setup, run_dir)
-            step, tokens = watch(actors, learner, evaluation, log, progress)
+            step, tokens = watch(config, actors, learner, evaluation, log, progress)
 
         with phases("evaluation after training"):
             after = evaluation.full("after")
         tell(log, progress, step, eval_row(after))
-        write_trajectories(run_dir, after, speech())
         summary = {
             "name": config.name, "steps": step, "sampled_tokens": tokens, "seconds": phases.seconds,
             "success_before": asdict(success(before)), "success_after": asdict(success(after)),
             "ledger": asdict(ray.get(actors.buffer.counts.remote())), "checkpoint": learner.checkpoint,
         }  # fmt: skip
         log.summary(summary)
+        write_trajectories(run_dir, after, speech())
     return {**summary, "report": str(build_report(run_dir)), "summary": str(run_dir / "summary.json")}
 
 
 def evaluate(config: RunConfig) -> dict[str, Any]:
     """Evaluates the policy of `config` on its held-out tasks, without training. Returns the summary."""
     preflight(config)
-    run_dir = open_run(config)
     progress = Progress(0)
     phases = Phases(progress)
-    with RunLog(run_dir) as log, ray_session(config.ray):
+    with open_run(config) as run_dir, RunLog(run_dir) as log, ray_session(config.ray, needs(config)):
         with phases("world, index and model"):
             world = open_world(config.world, config.retrieval, run_dir, run_dir.parent)
             model = prepare_model(config.model, run_dir, config.seed)
@@ -99,12 +100,11 @@ def tell(log: RunLog, progress: Progress, step: int, row: dict[str, float]) -> N
 
 
 def watch(
-    actors: Actors, learner: LearnerRun, evaluation: Evaluation, log: RunLog, progress: Progress
+    config: RunConfig, actors: Actors, learner: LearnerRun, evaluation: Evaluation, log: RunLog, progress: Progress
 ) -> tuple[int, int]:
     """Until training ends: log what the buffer reports, replace what died, evaluate. Returns steps and tokens trained."""
     step, tokens, last = 0, 0.0, time.time()
     while True:
-        running = learner.running
         for row in ray.get(actors.buffer.rows.remote()):
             kind, at, when = row.pop("kind"), row.pop("step"), row.pop("time")
             if kind == "event":
@@ -123,8 +123,15 @@ def watch(
         found = evaluation.tick(step)
         if found is not None:
             tell(log, progress, *found)
-        if not running:
+        if not learner.running:
+            ray.get(actors.buffer.close.remote())
             return step, int(tokens)
+        if time.time() - last > config.train.batch_timeout_s:
+            counts = ray.get(actors.buffer.counts.remote())
+            raise UserError(
+                f"no optimiser batch within {config.train.batch_timeout_s:g} s; the ledger holds {counts}; look at samplers "
+                "and judge in metrics.jsonl, or raise train.batch_timeout_s"
+            )
         time.sleep(POLL_S)
 
 

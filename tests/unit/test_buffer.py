@@ -7,7 +7,7 @@ import pytest
 from agents.advantages import AdvantageConfig
 from agents.curriculum import Uniform
 from agents.types import Task, Verdict, Version
-from cluster.buffer import Buffer, BufferConfig
+from cluster.buffer import Buffer, BufferConfig, OutOfOrder
 from tests.builders import a_group
 
 TASKS = [Task(f"t{i}", "question?", ("x",)) for i in range(5)]
@@ -62,6 +62,48 @@ async def test_a_late_result_of_a_dead_worker_is_refused_and_its_task_comes_agai
     again = await buffer.lease("alive", 0.1)
     assert again.task.id == lease.task.id and again.id != lease.id
     assert (await buffer.counts()).dropped == {"worker_lost": 2}
+
+
+async def test_a_dead_worker_gets_no_lease_though_its_call_is_still_waiting():
+    buffer = a_buffer(max_staleness=0, groups=1)
+    assert await buffer.lease("dead", 0.1) is not None
+    waiting = asyncio.create_task(buffer.lease("dead", 5.0))
+    await asyncio.sleep(0.01)
+    await buffer.worker_lost("dead")
+    assert await waiting is None
+    assert await buffer.lease("alive", 0.1) is not None
+
+
+async def test_infrastructure_that_fails_every_time_ends_the_run_by_name():
+    buffer = a_buffer()
+    for _ in range(50):
+        lease = await buffer.lease("w", 0.1)
+        await buffer.event("lease failed: KeyError: 'reward'")
+        await buffer.fail(lease.id, "rollout_failed")
+    with pytest.raises(OutOfOrder, match="rollout_failed.*KeyError"):
+        await buffer.rows()
+
+
+async def test_a_new_incarnation_takes_the_ledger_back_and_refuses_earlier_results():
+    buffer = a_buffer()
+    assert await buffer.enter(None) == 0
+    await deliver(buffer, 0)
+    await buffer.next_batch(0)
+    await buffer.settle(0, {})
+    await buffer.published(1, {})
+    saved = await buffer.state()
+    await deliver(buffer, 1)
+    await buffer.next_batch(1)
+    await buffer.settle(1, {})
+    await buffer.published(2, {})
+    running = await buffer.lease("w", 0.1)
+    assert await buffer.enter(saved) == 1
+    assert not await buffer.put(running.id, [a_group(task=running.task.id, group=running.id)]), "of the lost incarnation"
+    assert await buffer.lease("w", 0.05) is None, "not before the restored weights are out"
+    await buffer.published(1, {})
+    assert (await buffer.lease("w", 0.1)).task.id == running.task.id
+    counts = await buffer.counts()
+    assert counts.trained == 2 and counts.dropped == {"lineage": 4}, "one batch trained since, one lease under way"
 
 
 async def test_over_age_groups_are_dropped_when_the_batch_ships():

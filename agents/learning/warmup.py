@@ -1,0 +1,261 @@
+"""Warm-up: supervised training of a policy on traces, before reinforcement learning.
+
+It knows tokens only. Where traces come from is the caller's matter: a stage names a stream, and `traces(stage)` yields its traces without end.
+
+Invariants:
+- Only tokens the policy writes itself are in the loss (`mask` is True exactly there), save in a stage that says `learn_all`.
+- Same config, same streams, same number of threads: same weights.
+- The output folder is a complete Hugging Face checkpoint (the tokenizer is copied from the base), or it is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from agents.interfaces import Speech
+from agents.learning.start import induction_start
+from agents.types import Task, ToolEvent
+
+_POOL = 256
+"""Traces drawn ahead, so that a batch can be made of ones of equal length."""
+
+
+@dataclass
+class StageConfig:
+    """One stage of warm-up: a stream of traces and a learning rate that rises, then falls along a cosine."""
+
+    name: str = "expert"
+    """Name of the stream."""
+    steps: int = 100
+    lr: float = 2e-3
+    """Peak learning rate."""
+    final_lr: float = 1e-4
+    """Learning rate at the stage's end."""
+    rise_steps: int = 50
+    """Steps until the peak."""
+    learn_all: bool = False
+    """Learn every token, also what tools return: plain language modelling, in which copying from the context forms sooner."""
+
+
+@dataclass
+class WarmupConfig:
+    """How a policy is warmed up."""
+
+    base: str = ""
+    """Folder with tokenizer and `config.json`; weights there are the start, without them it is random."""
+    stages: list[StageConfig] = field(default_factory=list)
+    batch_tokens: int = 8192
+    """Tokens of one step, padding aside."""
+    seed: int = 0
+    threads: int = 2
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    induction_start: bool = True
+    """A random start gets heads that copy (`agents.learning.start`); switch it off for models that are not Qwen3-like."""
+    attention_gain: float = 2.0
+    """Start of the query and key norms with `induction_start`: above 1, so that attention can be sharp."""
+    report_every: int = 50
+    """Steps between measurements on held-out traces."""
+    num_checks: int = 48
+    """Held-out traces per measurement."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One sequence to learn from."""
+
+    token_ids: np.ndarray
+    """int32 [T]"""
+    mask: np.ndarray
+    """bool [T], True = written by the policy"""
+    kind: str = ""
+
+
+def encode_trace(
+    speech: Speech,
+    encode: Callable[[str], Sequence[int]],
+    task: Task,
+    steps: Sequence[str | Sequence[ToolEvent]],
+    kind: str = "",
+) -> Trace:
+    """Tokens of a script: texts of the policy, each closed by the stop token, and the events they led to, in turn."""
+    ids = list(speech.prompt(task))
+    mask = [False] * len(ids)
+    turn: list[int] = []
+    for step in steps:
+        if isinstance(step, str):
+            turn = [*encode(step), speech.stop_token_ids[0]]
+            added, written = turn, True
+        else:
+            added, written = speech.observe(step, after=turn), False
+        ids += added
+        mask += [written] * len(added)
+    return Trace(np.asarray(ids, dtype=np.int32), np.asarray(mask), kind)
+
+
+def warmup(
+    config: WarmupConfig,
+    traces: Callable[[str], Iterator[Trace]],
+    checks: Sequence[Trace],
+    out_dir: str | Path,
+    *,
+    roles: Mapping[int, str] | None = None,
+    progress: Callable[[Mapping[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Train and write the checkpoint to `out_dir`; return what was measured.
+
+    `checks` are held-out traces for measurements; `roles` maps a token id to the skill that writes it, for accuracy by skill.
+    `progress` gets one row per measurement. Raises ValueError for an unusable base folder.
+    """
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads)
+    target, began = Path(out_dir), time.monotonic()
+    model = load_or_create(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    rng = random.Random(config.seed)
+    done = num_tokens = 0
+    row: dict[str, Any] = {}
+    for stage in config.stages:
+        batches, losses = _batches(traces(stage.name), config.batch_tokens, rng, stage.learn_all), []
+        for step in range(stage.steps):
+            ids, mask = next(batches)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(stage, step)
+            logits, wanted, _ = _predict(model, ids, mask)
+            loss = F.cross_entropy(logits, wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            optimizer.step()
+            done, num_tokens = done + 1, num_tokens + ids.numel()
+            losses.append(float(loss.detach()))
+            if done % config.report_every == 0 or step + 1 == stage.steps:
+                row = {
+                    "stage": stage.name, "step": done, "loss": sum(losses) / len(losses), "seconds": time.monotonic() - began,
+                    "tokens": num_tokens, **measure(model, checks, roles or {}),
+                }  # fmt: skip
+                progress(row)
+                losses.clear()
+    settings = {name: value for name, value in asdict(config).items() if name != "base"}  # a folder of one machine
+    summary = {"config": settings, "parameters": sum(p.numel() for p in model.parameters()), **row}
+    _save(model, config, target, summary)
+    return summary
+
+
+def learning_rate(stage: StageConfig, step: int) -> float:
+    """Learning rate of a stage at `step` (from 0)."""
+    if step < stage.rise_steps:
+        return stage.lr * (step + 1) / stage.rise_steps
+    share = (step - stage.rise_steps) / max(1, stage.steps - stage.rise_steps)
+    return stage.final_lr + (stage.lr - stage.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def load_or_create(config: WarmupConfig) -> Any:
+    """The base's weights in float32, or, where it has none, a random start that suits a small model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = Path(config.base)
+    if not (base / "config.json").is_file():
+        raise ValueError(
+            f"warm-up needs a base folder with config.json and a tokenizer; {str(base)!r} has no config.json"
+        )
+    if (base / "model.safetensors").is_file():
+        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).float()
+    if config.induction_start:
+        induction_start(model, config.attention_gain)
+    return model
+
+
+@torch.no_grad()
+def measure(model: Any, checks: Sequence[Trace], roles: Mapping[int, str]) -> dict[str, float]:
+    """On given traces, token by token: share right (`token`), share of whole traces right (`exact`), mean probability that sampling
+    at temperature 1 writes the trace (`likely`), and the share right by role."""
+    if not checks:
+        return {}
+    model.eval()
+    ids, mask = _pad(checks)
+    logits, wanted, row = _predict(model, ids, mask)
+    right = logits.argmax(-1) == wanted
+    logp = torch.log_softmax(logits, -1).gather(1, wanted[:, None])[:, 0]
+    wrong = torch.zeros(len(checks)).index_add_(0, row, (~right).float())
+    likely = torch.zeros(len(checks)).index_add_(0, row, logp).exp()
+    found = {
+        "token": float(right.float().mean()),
+        "exact": float((wrong == 0).float().mean()),
+        "likely": float(likely.mean()),
+    }
+    by_role: dict[str, list[bool]] = defaultdict(list)
+    for token, ok in zip(wanted.tolist(), right.tolist(), strict=True):
+        by_role[roles.get(token, "other")].append(ok)
+    model.train()
+    return found | {f"role/{role}": sum(hits) / len(hits) for role, hits in sorted(by_role.items())}
+
+
+def _predict(
+    model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [N, V] of the N masked tokens, the tokens themselves [N], and their rows [N].
+
+    Padding stands on the right and attention is causal, so it needs no attention mask; logits are computed only where they count.
+    """
+    hidden = model.base_model(input_ids=ids_BT[:, :-1], use_cache=False).last_hidden_state
+    chosen = mask_BT[:, 1:]
+    return model.get_output_embeddings()(hidden[chosen]), ids_BT[:, 1:][chosen], torch.nonzero(chosen)[:, 0]
+
+
+def _pad(traces: Sequence[Trace], learn_all: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(trace.token_ids) for trace in traces)
+    ids = torch.zeros(len(traces), longest, dtype=torch.long)
+    mask = torch.zeros(len(traces), longest, dtype=torch.bool)
+    for row, trace in enumerate(traces):
+        ids[row, : len(trace.token_ids)] = torch.from_numpy(trace.token_ids.astype(np.int64))
+        mask[row, : len(trace.mask)] = torch.from_numpy(trace.mask.astype(bool) | learn_all)
+    return ids, mask
+
+
+def _batches(
+    stream: Iterator[Trace], batch_tokens: int, rng: random.Random, learn_all: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of similar length: a random trace of the pool and those next shorter than it."""
+    pool: list[Trace] = []
+    while True:
+        while len(pool) < _POOL:
+            pool.append(next(stream))
+        pool.sort(key=lambda trace: len(trace.token_ids))
+        pick = rng.randrange(len(pool))
+        size = max(1, batch_tokens // len(pool[pick].token_ids))
+        start = max(0, pick + 1 - size)  # the pick is the longest, so the batch keeps to its budget
+        batch = pool[start : pick + 1]
+        del pool[start : pick + 1]
+        yield _pad(batch, learn_all)
+
+
+def _save(model: Any, config: WarmupConfig, target: Path, summary: Mapping[str, Any]) -> None:
+    """Write beside the target and move into place, so that a broken run leaves no half checkpoint."""
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    for file in Path(config.base).iterdir():
+        if file.name in ("config.json", "model.safetensors") or not file.is_file():
+            continue
+        shutil.copy2(file, part / file.name)
+    (part / "warmup.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    for file in part.iterdir():
+        file.chmod(0o644)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(part, target)
