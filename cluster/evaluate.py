@@ -41,7 +41,7 @@ def success(groups: Sequence[Group]) -> Success:
 
 
 def eval_row(groups: Sequence[Group]) -> dict[str, float]:
-    """One line for the run's log: success overall and by difficulty, lost attempts, evidence, tool use, weights used."""
+    """One row for the run's log (of at least one group): success overall and by difficulty, lost attempts, evidence, tool use, weights used."""
     whole = success(groups)
     row: dict[str, float] = {
         "success/mean": whole.mean, "success/low": whole.low, "success/high": whole.high, "success/n": whole.n,
@@ -84,7 +84,7 @@ class Evaluation:
             self._actors.tend()
             time.sleep(POLL_S)
         write_records(self._folder / f"{label}.jsonl", groups)
-        if not success(groups).n:
+        if self._tasks and not success(groups).n:
             causes = Counter(c for g in groups for v in g.verdicts for c in v.causes.values())
             raise UserError(
                 f"no attempt of the evaluation {label!r} could be judged: {dict(causes)}; look at engines and judge"
@@ -101,7 +101,7 @@ class Evaluation:
             self._pending = None
             return begun_at, eval_row(groups)
         every = self._train.eval_every
-        if every and self._last + every <= step < self._train.steps:
+        if every and self._tasks and self._last + every <= step < self._train.steps:
             self._last = step - step % every
             self._pending = step, self._actors.evaluate(self._tasks[: self._train.eval_tasks_during], f"step-{step}")
         return None

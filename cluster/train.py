@@ -15,6 +15,7 @@ import ray
 
 from agents.curriculum import CURRICULA
 from agents.report.build import build_report
+from agents.types import Group
 from cluster.actors import Actors, placed
 from cluster.errors import UserError
 from cluster.evaluate import Evaluation, eval_row, success
@@ -44,15 +45,15 @@ def run(config: RunConfig) -> dict[str, Any]:
             world = open_world(config.world, config.retrieval, run_dir, run_dir.parent)
             model = prepare_model(config.model, run_dir, config.seed)
         with phases("Ray, engines and actors"):
+            segments = stack.enter_context(segment_dir())  # removed last: the learner may write until Ray has ended
             stack.enter_context(ray_session(config.ray, needs(config)))
             actors, speech = stack.enter_context(placed(config, model, world.index_dir))
-            segments = stack.enter_context(segment_dir())
             log.event(0, f"engines: {json.dumps(actors.engine_pids)}")
         tasks = world.eval_tasks[: config.train.eval_tasks]
         evaluation = Evaluation(actors, tasks, config.train, run_dir / "eval")
         with phases("evaluation before training"):
             before = evaluation.full("before")
-        tell(log, progress, 0, eval_row(before))
+        tell(log, progress, 0, before)
 
         with phases("training"):
             actors.open_buffer(CURRICULA[config.curriculum](world.train_tasks, config.seed))
@@ -62,7 +63,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
         with phases("evaluation after training"):
             after = evaluation.full("after")
-        tell(log, progress, step, eval_row(after))
+        tell(log, progress, step, after)
         summary = {
             "name": config.name, "steps": step, "sampled_tokens": tokens, "seconds": phases.seconds,
             "success_before": asdict(success(before)), "success_after": asdict(success(after)),
@@ -86,17 +87,19 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
             evaluation = Evaluation(actors, world.eval_tasks[: config.train.eval_tasks], config.train, run_dir / "eval")
             with phases("evaluation"):
                 groups = evaluation.full("eval")
-            tell(log, progress, 0, eval_row(groups))
+            tell(log, progress, 0, groups)
             write_trajectories(run_dir, groups, speech())
         summary = {"name": config.name, "seconds": phases.seconds, "success": asdict(success(groups))}
         log.summary(summary)
     return {**summary, "report": str(build_report(run_dir)), "summary": str(run_dir / "summary.json")}
 
 
-def tell(log: RunLog, progress: Progress, step: int, row: dict[str, float]) -> None:
-    """An evaluation, to the log and to whoever watches."""
-    log.evaluation(step, row)
-    progress.evaluation(step, row)
+def tell(log: RunLog, progress: Progress, step: int, groups: list[Group]) -> None:
+    """An evaluation, to the log and to whoever watches; a world without held-out tasks has none."""
+    if groups:
+        row = eval_row(groups)
+        log.evaluation(step, row)
+        progress.evaluation(step, row)
 
 
 def watch(
@@ -122,7 +125,8 @@ def watch(
             progress.note(line)
         found = evaluation.tick(step)
         if found is not None:
-            tell(log, progress, *found)
+            log.evaluation(*found)
+            progress.evaluation(*found)
         if not learner.running:
             ray.get(actors.buffer.close.remote())
             return step, int(tokens)

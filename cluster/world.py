@@ -5,13 +5,13 @@ Either a synthetic world (trained in some seeds, evaluated in others) or a user'
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from agents.types import Task
 from cluster.errors import UserError
 from cluster.model import resolve
-from envs.jsonl import read_tasks
+from envs.jsonl import JsonlWorldConfig, load_tasks
 from envs.world import WorldConfig, build_world
 from retrieval.backend import BackendConfig, build_backend, prepare_backend
 
@@ -27,20 +27,6 @@ class SyntheticConfig:
 
 
 @dataclass
-class JsonlConfig:
-    """A user's own world: no code needed."""
-
-    corpus: list[str] = field(default_factory=list)
-    """Corpus files (JSONL with id, title, text; also gzipped, also Search-R1's id, contents)."""
-    tasks: str = ""
-    """Training tasks, JSONL."""
-    eval_tasks: str = ""
-    """Held-out tasks, JSONL."""
-    malformed: str = "error"
-    """A malformed corpus line is an `error`, or counted and skipped (`skip`)."""
-
-
-@dataclass
 class WorldSource:
     """Where documents and tasks come from."""
 
@@ -48,7 +34,7 @@ class WorldSource:
     """`synthetic` or `jsonl`."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """For `kind: synthetic`."""
-    jsonl: JsonlConfig = field(default_factory=JsonlConfig)
+    jsonl: JsonlWorldConfig = field(default_factory=JsonlWorldConfig)
     """For `kind: jsonl`."""
 
 
@@ -84,7 +70,11 @@ def open_world(source: WorldSource, backend: BackendConfig, run_dir: Path, stora
         built = prepare_backend(backend, [resolve(c) for c in config.corpus], index_dir, malformed=config.malformed)
         known = set(built.store.ids())
         built.store.close()
-        tasks = read_tasks(resolve(config.tasks), known_ids=known)
-        eval_tasks = read_tasks(resolve(config.eval_tasks), known_ids=known) if config.eval_tasks else []
-        return OpenWorld(str(index_dir), tasks, eval_tasks)
+        files = {name: str(resolve(path)) if path else "" for name, path in _task_files(config).items()}
+        splits = load_tasks(replace(config, **files), known_ids=known)
+        return OpenWorld(str(index_dir), list(splits.train), list(splits.eval))
     raise UserError(f"world.kind is {source.kind!r}; it must be `synthetic` or `jsonl`")
+
+
+def _task_files(config: JsonlWorldConfig) -> dict[str, str]:
+    return {"tasks": config.tasks, "eval_tasks": config.eval_tasks}
