@@ -24,6 +24,10 @@ VOID_STOPS = (StopReason.malformed, StopReason.context_full, StopReason.turn_lim
 """Ill-formed or over-long endings: C-GRPO's reward is 0."""
 
 
+RUBRIC_PARTS = ("rubric", "identified", "supported", "connected", "num_rubrics", "cited_pages")
+"""Verdict parts that say something only where rubrics were judged (part `rubric_judged`)."""
+
+
 @dataclass
 class AdvantageConfig:
     """How rewards of a group become advantages."""
@@ -60,7 +64,7 @@ class GroupStats:
     rewards_G: tuple[float, ...]
     """Rewards the advantages were computed over; masked members are absent."""
     parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Named verdict parts of the same members."""
+    """Named verdict parts of the same members; RUBRIC_PARTS only of those whose rubrics were judged."""
     masked: Mapping[str, int] = field(default_factory=dict)
     """Members without a sample, by cause."""
     zero_spread: bool = False
@@ -229,7 +233,11 @@ def to_samples(group: Group, config: AdvantageConfig) -> tuple[list[Sample], Gro
             masked[masked_cause(member)] += 1
             continue
         if member.trajectory.verdict:
-            for name, value in member.trajectory.verdict.parts.items():
+            found = member.trajectory.verdict.parts
+            unjudged = RUBRIC_PARTS if found.get("rubric_judged") == 0 else ()
+            for name, value in found.items():
+                if name in unjudged:
+                    continue  # a 0 here says that nobody looked
                 parts.setdefault(name, []).append(value)
         if zero_spread and config.drop_zero_spread:
             continue

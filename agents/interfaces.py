@@ -96,6 +96,15 @@ class EndsOnText(Protocol):
         ...
 
 
+@runtime_checkable
+class CutsResults(Protocol):
+    """What a Speech has besides when it may show the policy less than the environment gave; without it all is shown."""
+
+    def shown(self, events: Sequence[ToolEvent]) -> list[ToolEvent]:
+        """The events of one turn with only what `observe` lets the policy read of them. `observe` gives the same for both."""
+        ...
+
+
 class Judge(Protocol):
     """Answers typed requests. Errors are values: it never raises for transport or for a bad reply."""
 

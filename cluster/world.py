@@ -70,11 +70,8 @@ def open_world(source: WorldSource, backend: BackendConfig, run_dir: Path, stora
         built = prepare_backend(backend, [resolve(c) for c in config.corpus], index_dir, malformed=config.malformed)
         known = set(built.store.ids())
         built.store.close()
-        files = {name: str(resolve(path)) if path else "" for name, path in _task_files(config).items()}
-        splits = load_tasks(replace(config, **files), known_ids=known)
+        held_out_file = str(resolve(config.eval_tasks)) if config.eval_tasks else ""
+        files = replace(config, tasks=str(resolve(config.tasks)), eval_tasks=held_out_file)
+        splits = load_tasks(files, known_ids=known)
         return OpenWorld(str(index_dir), list(splits.train), list(splits.eval))
     raise UserError(f"world.kind is {source.kind!r}; it must be `synthetic` or `jsonl`")
-
-
-def _task_files(config: JsonlWorldConfig) -> dict[str, str]:
-    return {"tasks": config.tasks, "eval_tasks": config.eval_tasks}

@@ -14,16 +14,18 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from agents.plain import to_plain
+from agents.text import validate_rubrics
 from agents.types import Nugget, Task
 
 FIELDS = (
     "id", "question", "answers", "answer", "rubrics", "nuggets", "gold_docs", "oracle", "source", "meta", "split",
 )  # fmt: skip
+SPLITS = ("train", "eval")
 IMPORTANCES = ("vital", "okay")
 
 
@@ -35,16 +37,13 @@ class TaskError(ValueError):
 class JsonlWorldConfig:
     """Where a user's world lies."""
 
-    corpus: str = ""
-    """The corpus: a `.jsonl` or `.jsonl.gz` file, or a folder of them (see `retrieval.corpus`)."""
+    corpus: list[str] = field(default_factory=list)
+    """The corpus: `.jsonl` or `.jsonl.gz` files, or folders of them (see `retrieval.corpus`)."""
     tasks: str = ""
-    """Task file. With `eval_tasks` all of it is for training; otherwise its rows may say `split`."""
+    """Task file. With `eval_tasks` all of it is for training; otherwise its rows may say `split`: `train` or `eval` (in a
+    field of that name, or in `meta`); rows that say nothing are for training."""
     eval_tasks: str = ""
     """A separate file of held-out tasks."""
-    train_split: str = "train"
-    """Value of `split` (or `meta.split`) of training rows; rows that say nothing count as training."""
-    eval_split: str = "eval"
-    """Value of `split` (or `meta.split`) of held-out rows."""
     malformed: str = "error"
     """Corpus lines that do not fit: `error`, or `skip` and count."""
 
@@ -71,15 +70,14 @@ def load_tasks(config: JsonlWorldConfig, *, known_ids: Collection[str] | None = 
         )
     else:
         found = read_tasks(config.tasks, known_ids=known_ids)
-        known = (config.train_split, config.eval_split, "")
         for task in found:
-            if split_of(task) not in known:
+            if split_of(task) not in ("", *SPLITS):
                 raise TaskError(
                     f"{config.tasks}: task {task.id!r} has split {split_of(task)!r}; "
-                    f"expected {config.train_split!r} or {config.eval_split!r}"
+                    f"expected {' or '.join(map(repr, SPLITS))}"
                 )
-        train = [t for t in found if split_of(t) != config.eval_split]
-        held_out = [t for t in found if split_of(t) == config.eval_split]
+        train = [t for t in found if split_of(t) != "eval"]
+        held_out = [t for t in found if split_of(t) == "eval"]
     shared = sorted({t.id for t in train} & {t.id for t in held_out})
     if shared:
         raise TaskError(f"{len(shared)} task ids are both in training and held out, such as {shared[0]!r}")
@@ -149,15 +147,15 @@ def parse_task(row: Mapping[str, Any], *, source: str = "") -> Task:
     if not isinstance(own_source, str):
         raise _field("source", f"is {type(own_source).__name__}, expected a text")
     rubrics = _texts(row, "rubrics")
-    for rubric in rubrics:
-        if "<E" not in rubric:
-            raise _field(
-                "rubrics", f"{rubric[:60]!r} has no placeholder; name the answer <E0> and others <E1>, <E2>, ..."
-            )
+    answers = _answers(row)
+    problems = validate_rubrics(rubrics, answers) if rubrics else []
+    if problems:
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise _field("rubrics", f"cannot be used: {problems[0]}{more}; <E0> is the answer, <E1>, <E2>, ... lead to it")
     return Task(
         id=str(id_).strip(),
         question=question,
-        answers=_answers(row),
+        answers=answers,
         rubrics=rubrics,
         nuggets=tuple(_nugget(n, i) for i, n in enumerate(_list(row, "nuggets"))),
         gold_docs=_texts(row, "gold_docs"),

@@ -31,6 +31,9 @@ _BUDGETS = {"search": ("max_searches", "searches"), "open": ("max_opens", "opens
 _ARGUMENTS = {"search": {"query", "k"}, "open": {"doc_id", "page"}, "find": {"pattern"}}
 
 
+_TITLE_CHARS = 200
+
+
 class Guard(Protocol):
     """Decides per trajectory what may be shown. Leak guards and masks implement it."""
 
@@ -189,7 +192,7 @@ class Session:
             shown = self._review(document)
             if shown is None:
                 continue
-            c, i, title = self.config, len(blocks), one_line(shown.title)
+            c, i, title = self.config, len(blocks), self._title(shown)
             snippet = (
                 window(shown.text, query, c.snippet_chars) if c.snippet_mode == "window" else lead(shown.text, c.snippet_chars)
             )  # fmt: skip
@@ -200,7 +203,7 @@ class Session:
                     break
                 snippet = lead(snippet, room)
             blocks.append(head + snippet)
-            seen.append(Seen(shown.id, snippet, SeenKind.snippet, shown.title, _date(shown)))
+            seen.append(Seen(shown.id, snippet, SeenKind.snippet, title, _date(shown)))
         self._results = [s.doc_id for s in seen]
         return "\n\n".join(blocks) or "No results found.", tuple(seen)
 
@@ -219,17 +222,19 @@ class Session:
         shown = self._review(document)
         if shown is None:
             raise _Refusal("leak_guard", f"document {document.id!r} may not be read; look for another source.")
-        title = one_line(shown.title)
-        sheets = pages(shown.text, self.config.page_chars)
+        c, title = self.config, self._title(shown)
+        head = f"Title: {title}\nURL Source: {shown.id}\n"
+        room = c.max_observation_chars - len(head) - len("Page: 1000 of 1000\n\n")
+        sheets = pages(shown.text, min(c.page_chars, room) if room > 0 else c.page_chars)
         if page > len(sheets):
             noun = "1 page" if len(sheets) == 1 else f"{len(sheets)} pages"
             raise _bad(f"document {shown.id!r} has {noun}; page {page} does not exist.")
-        head = f"Title: {title}\nURL Source: {shown.id}\n"
         if len(sheets) > 1:
             head += f"Page: {page} of {len(sheets)}\n"
-        text = sheets[page - 1][: max(0, self.config.max_observation_chars - len(head) - 1)]
+        text = sheets[page - 1][: max(0, c.max_observation_chars - len(head) - 1)]
         self._page = shown
-        return f"{head}\n{text}", (Seen(shown.id, text, SeenKind.page, shown.title, _date(shown)),)
+        observation = f"{head}\n{text}"[: c.max_observation_chars]
+        return observation, (Seen(shown.id, text, SeenKind.page, title, _date(shown)),)
 
     async def _find(self, pattern: str) -> tuple[str, tuple[Seen, ...]]:
         if self._page is None:
@@ -242,6 +247,8 @@ class Session:
         blocks: list[str] = []
         shown: list[str] = []
         for number, context in enumerate(contexts, start=1):
+            if not blocks:  # a single match is cut rather than left out
+                context = context[: c.max_observation_chars - len(f"[Match {number}]\n")]
             block = f"[Match {number}]\n{context}"
             if blocks and sum(len(b) + 2 for b in blocks) + len(block) > c.max_observation_chars:
                 break
@@ -249,7 +256,7 @@ class Session:
             shown.append(context)
         if not blocks:
             return "No matches found.", ()
-        return "\n\n".join(blocks), (Seen(page.id, "\n\n".join(shown), SeenKind.match, page.title, _date(page)),)
+        return "\n\n".join(blocks), (Seen(page.id, "\n\n".join(shown), SeenKind.match, self._title(page), _date(page)),)
 
     def _candidates(self, wanted: str | int) -> list[str]:
         """Ids an agent may mean, best first: an id as shown, an id in brackets or quotes, an index of the last search."""
@@ -261,6 +268,10 @@ class Session:
             place = len(found) if isinstance(wanted, str) or text in self._results else 0
             found.insert(place, self._results[int(index)])
         return list(dict.fromkeys(f for f in found if f))
+
+    def _title(self, document: Document) -> str:
+        """The title as it is shown: on one line, and never most of an observation."""
+        return one_line(document.title)[: min(_TITLE_CHARS, self.config.max_observation_chars // 4)]
 
     # ------------------------------------------------------------------------------------------------ backend
 

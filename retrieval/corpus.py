@@ -2,7 +2,8 @@
 
 Forms (each `.jsonl` or `.jsonl.gz`; a folder stands for all such files in it, by name):
 - `{"id": ..., "title": ..., "text": ...}`; other fields (`url`, `date`, ...) become `Document.meta`;
-- Search-R1's `{"id": ..., "contents": "title\\ntext"}`: the first line is the title, kept with its quote marks.
+- Search-R1's `{"id": ..., "contents": "title\\ntext"}`: the first line is the title, kept with its quote marks;
+  a single line is text without a title.
 
 Invariants: documents stream, so a corpus need not fit in memory; ids are unique; a line that does not fit is one error
 with `file:line` and how to mend it, or is skipped and counted, as asked; the fingerprint depends on the documents but
@@ -92,30 +93,6 @@ def read_documents(
         raise CorpusError(f"corpus {_name(source)} holds no documents{reason}")
 
 
-def load_documents(
-    source: str | Path | Sequence[str | Path], *, malformed: str = "error"
-) -> tuple[list[Document], CorpusReport]:
-    """All documents of a corpus that fits in memory, with the report. Errors as `read_documents`."""
-    report = CorpusReport()
-    return list(read_documents(source, malformed=malformed, report=report)), report
-
-
-def write_documents(path: str | Path, documents: Iterable[Document]) -> int:
-    """Writes the `id, title, text` form (gzip by suffix) and returns the count. Reading it back gives equal documents."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "wt", encoding="utf-8") as file:
-        for d in documents:
-            row: dict[str, Any] = {"id": d.id, "title": d.title, "text": d.text}
-            if d.meta:
-                row["meta"] = dict(d.meta)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    return count
-
-
 def fingerprint(documents: Iterable[Document]) -> str:
     """The fingerprint that reading these documents from a corpus would report."""
     report = CorpusReport()
@@ -186,7 +163,9 @@ def _document(line: bytes) -> Document:
     if "text" in row:
         title, text = _string(row, "title", default=""), _string(row, "text")
     elif "contents" in row:
-        title, _, text = _string(row, "contents").partition("\n")
+        title, newline, text = _string(row, "contents").partition("\n")
+        if not newline:
+            title, text = "", title
     else:
         raise _Misfit("field 'text' (or 'contents') is missing")
     if not (title.strip() or text.strip()):

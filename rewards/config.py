@@ -12,7 +12,8 @@ class RewardConfig:
     name: str = "carr"
     """`outcome` (is the exact answer right) or `carr` (outcome, and citation rubrics beside it)."""
     outcome: str = "rule"
-    """Who decides whether an answer is right: `rule` (match with an alias after normalisation) or `judge`."""
+    """What an answer earns: `rule` (1 for a match with an alias after normalisation), `f1` (best word overlap with an alias, in
+    [0, 1]; only with name `outcome`), or `judge` (1 when a judge finds it right)."""
     reward: str = "outcome"
     """`Verdict.reward`: `outcome`, or `mix` = (1 - rubric_ratio) * outcome + rubric_ratio * rubric, which is what the published
     reward server returns. Neither is C-GRPO's reward: the advantage `c_grpo` computes that over the group, from parts."""
@@ -35,7 +36,7 @@ class RewardConfig:
         """Raises ValueError, one line, for a value outside its range."""
         for key, allowed in (
             ("name", ("outcome", "carr")),
-            ("outcome", ("rule", "judge")),
+            ("outcome", ("rule", "f1", "judge")),
             ("reward", ("outcome", "mix")),
             ("citations", ("lenient", "strict")),
         ):
@@ -45,6 +46,11 @@ class RewardConfig:
             raise ValueError(f"reward.rubric_ratio {self.rubric_ratio} is outside [0, 1]")
         if self.max_cited_pages < 1:
             raise ValueError(f"reward.max_cited_pages {self.max_cited_pages} is not positive")
+        if self.name == "carr" and self.outcome == "f1":
+            raise ValueError(
+                "reward.outcome 'f1' is no right or wrong, which the rubrics of 'carr' need: set reward.outcome to 'rule' or"
+                " 'judge', or reward.name to 'outcome'"
+            )
         if self.name == "outcome" and self.reward == "mix":
             raise ValueError(
                 "reward.reward 'mix' needs rubrics: set reward.name to 'carr', or reward.reward to 'outcome'"

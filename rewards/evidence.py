@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from agents.text import canonical_id, citations, cut_references
+from agents.text import canonical_id, citations
 from agents.types import Seen, SeenKind, ToolEvent
 
 _ORDER = (SeenKind.snippet, SeenKind.page, SeenKind.match)
@@ -42,13 +42,13 @@ class Evidence:
 
 
 def gather(message: str, events: Sequence[ToolEvent], max_pages: int = 20, strict: bool = False) -> Evidence:
-    """Evidence for a final message. Citations that stand only in the reference list do not count."""
+    """Evidence for a final message, given without its reference list: citations that stand only there do not count."""
     seen: dict[str, list[Seen]] = {}
     for event in events:
         for item in event.seen:
             seen.setdefault(canonical_id(item.doc_id), []).append(item)
     cited: dict[str, str] = {}
-    for citation in citations(cut_references(message), strict):
+    for citation in citations(message, strict):
         cited.setdefault(canonical_id(citation.target), citation.target)
     known = [key for key in cited if key in seen]
     used: set[str] = set()

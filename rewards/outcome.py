@@ -1,4 +1,4 @@
-"""Outcome: is the exact answer right? By rule (any alias, after normalisation) or by a judge.
+"""Outcome: is the exact answer right? By rule (any alias, after normalisation), by F1 with the best alias, or by a judge.
 
 Invariants:
 - Lost to infrastructure: unavailable, hence masked. Malformed, over-long or without a final message: 0, and no judge is
@@ -48,7 +48,7 @@ def void_cause(trajectory: Trajectory) -> str:
 
 
 async def judge_outcome(task: Task, trajectory: Trajectory, judge: Judge | None, by: str) -> Part:
-    """Outcome of a finished rollout: value 0 or 1, evidence for the check `outcome`, metric f1."""
+    """Outcome of a finished rollout: value 0 or 1 (`f1`: in [0, 1]), evidence for the check `outcome`, metric f1."""
     answer, reason, extracted = trajectory.answer, "", trajectory.answer
     metrics = {"f1": f1(answer, task.answers)}
     status, cause, prompts = Status.ok, "", {}
@@ -56,7 +56,7 @@ async def judge_outcome(task: Task, trajectory: Trajectory, judge: Judge | None,
         correct = trajectory.stop is StopReason.refused or is_refusal(answer)
         metrics["f1"] = float(correct)
         reason = "the question has no answer; a refusal is right"
-    elif by == "rule":
+    elif by in ("rule", "f1"):
         correct = exact_match(answer, task.answers)
     else:
         if judge is None:
@@ -76,7 +76,8 @@ async def judge_outcome(task: Task, trajectory: Trajectory, judge: Judge | None,
         "correct": correct,
         "reason": reason or cause,
     }
-    return Part(float(correct), status, cause, (evidence,), prompts, metrics)
+    value = metrics["f1"] if by == "f1" else float(correct)
+    return Part(value, status, cause, (evidence,), prompts, metrics)
 
 
 def outcome_request(task: Task, trajectory: Trajectory) -> JudgeRequest:
@@ -113,7 +114,7 @@ def void_verdict(trajectory: Trajectory, parts: tuple[str, ...]) -> Verdict | No
 
 
 def outcome(config: RewardConfig) -> Reward:
-    """The reward `outcome`: 1 for a right exact answer, else 0. Parts: outcome, f1."""
+    """The reward `outcome`: 1 for a right exact answer, else 0 (by `f1`: the overlap). Parts: outcome, f1."""
 
     async def score(group: Group, services: Services) -> list[Verdict]:
         async def one(trajectory: Trajectory) -> Verdict:

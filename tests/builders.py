@@ -1,12 +1,16 @@
 """Small builders of records for tests."""
 
-from collections.abc import Sequence
+import gzip
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from agents.types import (
     Action,
     ActionKind,
+    Document,
     Ending,
     Episode,
     Generation,
@@ -73,3 +77,10 @@ def a_group(
     members = tuple(Member(next(e.trajectories())) for e in episodes)
     scored = Group(group, Task(task, "question?", ("x",)), members)
     return scored.with_verdicts([Verdict(r, {"outcome": r, "rubric": r}) for r in rewards])
+
+
+def write_documents(path: Path, documents: Iterable[Document]) -> None:
+    """A corpus file in the form `id, title, text`, gzipped by suffix."""
+    rows = [json.dumps({"id": d.id, "title": d.title, "text": d.text, "meta": dict(d.meta)}) for d in documents]
+    data = "".join(f"{row}\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)

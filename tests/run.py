@@ -12,6 +12,7 @@ N skipped", and the exit status is 0 only when nothing failed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -59,6 +60,29 @@ def run_limited(command: Sequence[str], limit_s: float) -> int | None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)  # whatever a test left running would slow down the next group
         child.wait()
+
+
+def adopt_strays() -> None:
+    """Make orphans among our descendants our own children (Linux), so that sessions tests started are found again."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def end_strays() -> None:
+    """End what is left of a group: every process below this one."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    below = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= more
+    for pid in below - {os.getpid()}:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def read_report(path: Path, outcome: Outcome) -> None:
@@ -149,11 +173,13 @@ def main(argv: Sequence[str]) -> int:
         return 2
     in_ci = os.environ.get("CI", "").lower() in ("1", "true")
     outcomes = []
+    adopt_strays()
     for name in names:
         if name in GROUPS and not any((ROOT / "tests" / name).rglob("test_*.py")):
             continue
         print(f"\n== {name}", flush=True)
         outcome = run_check(name) if name in CHECKS else run_group(name, more, in_ci)
+        end_strays()
         if outcome is not None:
             outcomes.append(outcome)
     show(outcomes, in_ci)

@@ -5,7 +5,7 @@ Invariants:
   change nothing but rounding.
 - A batch whose loss or gradient is not finite changes no weight; the metrics say so.
 - Blind to the algorithm: it reads `Sample`s only. Imports neither Ray nor vLLM; several ranks meet through
-  torch.distributed when it is initialised, each with its own part of the batch (`packing.shard`).
+  torch.distributed when it is initialised, each with its own part of the batch (`agents.sharding.shard`).
 """
 
 from __future__ import annotations

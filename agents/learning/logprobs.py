@@ -62,6 +62,13 @@ class _TokenLogprobs(torch.autograd.Function):
                 kept.append(probs)
         logprob, entropy, lse = _join(logprobs, hidden), _join(entropies, hidden), _join(normalisers, hidden)
         ctx.chunk, ctx.master_dtype = chunk, master_dtype
+        # Logits computed anew must come in the precision of these: `exp(logits - lse)` is else no distribution.
+        device = hidden.device.type
+        ctx.autocast = (
+            {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": True}
+            if torch.is_autocast_enabled(device)
+            else {"device_type": device, "enabled": False}
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, target, temperature, lse, entropy, kept[0] if kept else None)
         return logprob, entropy
@@ -82,7 +89,8 @@ class _TokenLogprobs(torch.autograd.Function):
             if kept is not None:
                 probs = kept
             else:
-                logits = _scaled_logits(hidden[part], weight, bias, temperature[part])
+                with torch.autocast(**ctx.autocast):
+                    logits = _scaled_logits(hidden[part], weight, bias, temperature[part])
                 probs = logits.sub_(lse[part, None]).exp_()
             grad = torch.zeros_like(probs) if grad_logprob is None else probs * -grad_logprob[part, None]
             if grad_logprob is not None:

@@ -154,22 +154,6 @@ def count_totals(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def shard(samples: Sequence[Sample], rank: int, world: int) -> list[Sample]:
-    """The part of a batch that one of `world` ranks trains: like token counts; the samples of a rollout stay together."""
-    rollouts: dict[str, list[Sample]] = {}
-    for s in samples:
-        rollouts.setdefault(s.rollout_id, []).append(s)
-    cost = {r: sum(s.num_tokens for s in members) for r, members in rollouts.items()}
-    load = [0] * world
-    mine: set[str] = set()
-    for rollout in sorted(rollouts, key=lambda r: (-cost[r], r)):
-        lightest = load.index(min(load))
-        load[lightest] += cost[rollout]
-        if lightest == rank:
-            mine.add(rollout)
-    return [s for s in samples if s.rollout_id in mine]
-
-
 def dummy() -> MicroBatch:
     """A pass without trained tokens: keeps the collectives of sharded ranks in step when one has fewer micro-batches."""
     zeros, none, nothing = torch.zeros(1, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(0)

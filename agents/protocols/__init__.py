@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from agents.interfaces import Speech
-from agents.protocols.tags import TagsConfig, make_tags
+from agents.protocols.tags import Tags, TagsConfig
 from agents.protocols.tools import Tools, ToolsConfig
 
-PROTOCOLS: dict[str, Callable[[Any, Any], Speech]] = {"tools": Tools, "tags": make_tags}
+PROTOCOLS: dict[str, Callable[[Any, Any], Speech]] = {"tools": Tools, "tags": Tags}
 
-__all__ = ["PROTOCOLS", "TagsConfig", "Tools", "ToolsConfig", "make_tags"]
+__all__ = ["PROTOCOLS", "Tags", "TagsConfig", "Tools", "ToolsConfig"]

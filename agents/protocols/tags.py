@@ -12,22 +12,20 @@ Invariants:
   tokens to keep, and those are kept exactly as sampled; nothing is encoded again.
 - The first complete pair of either tag counts. Tags are case-sensitive, an unclosed tag is skipped, and a tag inside a
   pair is part of its content. Only the policy's own tokens are read, never the prompt's example.
-- An observation is cut inside, so its closing tag is always there; text of the environment cannot forge tags or the
-  tokenizer's control tokens.
+- An observation is cut inside, so its closing tag is always there; `shown` says what of the results is left, and is all
+  that a record may hold. Text of the environment cannot forge tags or the tokenizer's control tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agents.protocols.tools import tokenizer_fingerprint
+from agents.protocols.base import TokenText, fingerprint
 from agents.text import is_refusal
-from agents.types import Action, ActionKind, Task, ToolCall, ToolEvent
+from agents.types import Action, ActionKind, Seen, Task, ToolCall, ToolEvent
 
 PROMPT = (
     "Find the answer to the question below. Whenever you learn something new, first reason about it between <think> and "
@@ -65,8 +63,8 @@ class TagsConfig:
     """Further variables for the chat template, for instance `enable_thinking: false`."""
 
 
-class Tags:
-    """`Speech` (and `EndsOnText`) of the protocol for one tokenizer."""
+class Tags(TokenText):
+    """`Speech` (and `EndsOnText`, `CutsResults`) of the protocol for one tokenizer."""
 
     name = "tags"
     stop_strings = ("</search>", "</answer>")
@@ -76,18 +74,15 @@ class Tags:
         self.config = config or TagsConfig()
         if "{question}" not in self.config.prompt:
             raise ValueError("protocol tags: the prompt has no '{question}'; put it where the question belongs")
-        self._tokenizer = tokenizer
+        super().__init__(tokenizer)
         self._chat = self.config.use_chat_template and bool(getattr(tokenizer, "chat_template", None))
         eos = tokenizer.eos_token_id
         self.stop_token_ids: tuple[int, ...] = () if eos is None else (int(eos),)
-        self._control = _control_tokens(tokenizer)
-        self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         template = [
             self.config.prompt, self.config.invalid, self.config.k, self.config.max_observation_chars,
             tokenizer.chat_template if self._chat else None, self.config.template_options,
         ]  # fmt: skip
-        canonical = json.dumps(template, sort_keys=True, ensure_ascii=False)
-        self.template_fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        self.template_fingerprint = fingerprint(template)
 
     def prompt(self, task: Task) -> list[int]:
         """Token ids of instruction and question; a question mark is added where it is missing."""
@@ -134,9 +129,12 @@ class Tags:
 
     def observe(self, events: Sequence[ToolEvent], *, after: Sequence[int]) -> list[int]:
         """Token ids of the results between information tags."""
-        body = "\n".join(render_documents(event) for event in events)
-        body = _ANY_TAG.sub(r"<\1 \2>", self._safe(body))[: self.config.max_observation_chars]
+        body = "\n".join(event.text for event in self.shown(events) if event.text)
         return self._encode(f"\n\n<information>{body}</information>\n\n")
+
+    def shown(self, events: Sequence[ToolEvent]) -> list[ToolEvent]:
+        """The events as the policy reads them: what the limit cuts off is in neither `text` nor `seen`. Idempotent."""
+        return cut_events(events, self.config.max_observation_chars, self._neutral)
 
     def complain(self, error: str, *, after: Sequence[int]) -> list[int]:
         """Token ids of a note that the last turn had no effect; a new user turn when the policy had ended its own."""
@@ -150,10 +148,8 @@ class Tags:
                 return self._encode(delta.lstrip().removeprefix(self._tokenizer.eos_token or ""))
         return self._encode(note)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(
-            self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+    def _neutral(self, text: str) -> str:
+        return _ANY_TAG.sub(r"<\1 \2>", self._safe(text))
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         return str(
@@ -162,31 +158,39 @@ class Tags:
             )
         )
 
-    def _encode(self, text: str) -> list[int]:
-        return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
 
-    def _safe(self, text: str) -> str:
-        return self._control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text) if self._control else text
+def cut_events(events: Sequence[ToolEvent], limit: int, clean: Callable[[str], str]) -> list[ToolEvent]:
+    """Events that hold, one line break between them, at most `limit` characters: `Doc i(Title: T) text` per document.
+
+    An event that shows no documents keeps its own text. The document at the limit loses its end, later ones are gone.
+    `clean` is applied to every text of the environment before it is measured.
+    """
+    found = []
+    room = limit
+    for event in events:
+        if event.error or not event.seen:
+            text, seen = clean(event.text)[: max(0, room)], event.seen[:0]
+        else:
+            text, seen = _cut_documents(event.seen, room, clean)
+        found.append(replace(event, text=text, seen=seen))
+        room -= len(text) + bool(text)
+    return found
 
 
-def make_tags(tokenizer: Any, config: TagsConfig | None = None) -> Tags:
-    """The protocol's entry in the registry."""
-    return Tags(tokenizer, config)
-
-
-def render_documents(event: ToolEvent) -> str:
-    """`Doc i(Title: T) text` per document shown, one after another; the event's own text when it shows none."""
-    if event.error or not event.seen:
-        return event.text
-    return "\n".join(f"Doc {i}(Title: {seen.title}) {seen.text}" for i, seen in enumerate(event.seen, start=1))
+def _cut_documents(seen: Sequence[Seen], room: int, clean: Callable[[str], str]) -> tuple[str, tuple[Seen, ...]]:
+    lines: list[str] = []
+    kept: list[Seen] = []
+    for number, item in enumerate(seen, start=1):
+        title = clean(item.title)
+        head = f"Doc {number}(Title: {title}) "
+        left = room - sum(len(line) + 1 for line in lines) - len(head)
+        if left < 1:
+            break
+        body = clean(item.text)[:left]
+        lines.append(head + body)
+        kept.append(replace(item, title=title, text=body))
+    return "\n".join(lines), tuple(kept)
 
 
 def _thought(text: str) -> str:
     return re.sub(r"</?think>", "", text).strip()
-
-
-def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
-    """Matches spellings of the tokenizer's added tokens, such as `<|im_end|>`, which text must not forge."""
-    added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
-    found = sorted((t for t in added if len(t) > 1 and t.strip()), key=len, reverse=True)
-    return re.compile("|".join(re.escape(t) for t in found)) if found else None

@@ -24,13 +24,14 @@ Invariants:
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from agents.protocols.base import TokenText, fingerprint
 from agents.text import exact_answer, is_refusal
 from agents.types import Action, ActionKind, Task, ToolCall, ToolEvent
 
@@ -93,7 +94,7 @@ def tool_schemas() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-class Tools:
+class Tools(TokenText):
     """`Speech` of the protocol for one tokenizer (any Hugging Face tokenizer with a chat template)."""
 
     name = "tools"
@@ -101,7 +102,7 @@ class Tools:
     def __init__(self, tokenizer: Any, config: ToolsConfig | None = None) -> None:
         """Raises ProtocolError when the tokenizer has no usable chat template."""
         self.config = config or ToolsConfig()
-        self._tokenizer = tokenizer
+        super().__init__(tokenizer, ("<tool_response>", "</tool_response>"))
         if not getattr(tokenizer, "chat_template", None):
             name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
             raise ProtocolError(
@@ -113,11 +114,9 @@ class Tools:
             "user": _frame(self._render, "user", self.config.template_options),
         }
         self.stop_token_ids = self._stop_tokens()
-        self._guard = _guard(tokenizer)
-        self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         template = [tokenizer.chat_template, self._tools, self.config.system, self.config.format_request,
                     self.config.template_options]  # fmt: skip
-        self.template_fingerprint = _hash(json.dumps(template, sort_keys=True, ensure_ascii=False))
+        self.template_fingerprint = fingerprint(template)
 
     def prompt(self, task: Task) -> list[int]:
         """Token ids of the system message, the question and the request, up to where the policy speaks."""
@@ -144,11 +143,6 @@ class Tools:
         """Token ids of a user message that says what was wrong with the last turn."""
         return self._delta("user", [f"Error: {error}"], after)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(
-            self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
-
     def _delta(self, role: str, texts: Sequence[str], after: Sequence[int]) -> list[int]:
         frame = self._frames[role]
         body = frame.joint.join(frame.escape(self._safe(text)) for text in texts)
@@ -166,15 +160,10 @@ class Tools:
             )
         )
 
-    def _encode(self, text: str) -> list[int]:
-        return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
-
-    def _safe(self, text: str) -> str:
-        return self._guard.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) if self._guard else text
-
     def _stop_tokens(self) -> tuple[int, ...]:
-        found = [self._encode(close)[:1] for close in (self._frames["tool"].close,) if close]
-        ids = [i[0] for i in found if i]
+        # A closing that takes several tokens does not make its first one a stop token: that may begin anything.
+        closing = self._encode(self._frames["tool"].close)
+        ids = closing if len(closing) == 1 else []
         if self._tokenizer.eos_token_id is not None:
             ids.append(int(self._tokenizer.eos_token_id))
         for text in self.config.stop_tokens:
@@ -206,18 +195,6 @@ def parse_text(text: str, config: ToolsConfig | None = None) -> Action:
     if not answer:
         return _malformed("The turn calls no tool and has no section '## Exact Answer'.", thought)
     return Action(ActionKind.answer, thought=thought, message=message, answer=answer, refused=is_refusal(answer))
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Names a tokenizer by what it does: its whole definition where there is one, else its vocabulary."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        definition = json.loads(backend.to_str())
-        # Padding and truncation are set by whoever used the tokenizer last; they do not change what a text means.
-        definition.pop("padding", None)
-        definition.pop("truncation", None)
-        return _hash(json.dumps(definition, sort_keys=True, ensure_ascii=False))
-    return _hash(json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False))
 
 
 @dataclass(frozen=True)
@@ -287,6 +264,8 @@ def _common(a: str, b: str) -> str:
 
 def _split_reasoning(text: str, strict: bool) -> tuple[str, str, str]:
     """(reasoning, the rest, error). Templates may open `<think>` in the prompt, so only the end tag need be present."""
+    if strict and text.count("</think>") > 1:
+        return "", "", "The turn must hold exactly one </think>."
     head, closed, rest = text.partition("</think>")
     opened = head.lstrip().startswith("<think>")
     if closed:
@@ -327,19 +306,20 @@ def _call(block: str, number: int) -> ToolCall | str:
         return "A tool call must be a JSON object with 'name' and an object 'arguments'."
     if value.get("name") not in TOOL_NAMES:
         return f"There is no tool of that name; the tools are {', '.join(TOOL_NAMES)}."
+    for key, item in arguments.items():
+        if not _storable(key) or not _storable(item):
+            return "Each argument of a tool call must be a plain text, number, true, false or null, in valid Unicode."
     return ToolCall(value["name"], arguments, str(number))
+
+
+def _storable(value: Any) -> bool:
+    """A scalar that every store takes: UTF-8 text (no lone surrogates), a 64-bit integer, a finite number."""
+    if isinstance(value, str):
+        return not any("\ud800" <= c <= "\udfff" for c in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or (isinstance(value, int) and -(2**63) <= value < 2**63)
 
 
 def _malformed(error: str, thought: str = "") -> Action:
     return Action(ActionKind.malformed, thought=thought, error=error)
-
-
-def _guard(tokenizer: Any) -> re.Pattern[str] | None:
-    """Matches the spellings of added tokens (such as `<|im_end|>`) and the wrapping of observations."""
-    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
-    texts = sorted({t for t in [*added, "<tool_response>", "</tool_response>"] if len(t) > 1 and t.strip()}, key=len)
-    return re.compile("|".join(re.escape(text) for text in reversed(texts))) if texts else None
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 MALFORMED = ("stop", "retry")
 ON_LENGTH = ("malformed", "final")
-ON_LENGTH = ("malformed", "final")
 
 
 @dataclass

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from agents.interfaces import EndsOnText, Policy, Sandbox, Speech
+from agents.interfaces import CutsResults, EndsOnText, Policy, Sandbox, Speech
 from agents.sampling.config import SamplingConfig
 from agents.types import (
     Action,
@@ -133,6 +133,9 @@ class _Rollout:
                 latency_s = time.monotonic() - clock
                 if failed:
                     return StopReason.env_failed, failed
+                if isinstance(self.speech, CutsResults):
+                    # Evidence is read from events: they must hold no text that the policy never saw.
+                    self.events[before:] = self.speech.shown(self.events[before:])
                 observation = self.speech.observe(self.events[before:], after=kept.token_ids)
             if len(self.context) + len(observation) >= self.config.max_context:
                 return StopReason.context_full, f"an observation of {len(observation)} tokens did not fit the context"

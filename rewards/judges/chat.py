@@ -2,8 +2,10 @@
 
 Invariants:
 - Errors are values. Transport failures, timeouts, 429 and 5xx are retried (jitter, Retry-After) within one deadline, then `unavailable`.
-- A reply counts only when it satisfies the request's schema; otherwise the judge is asked to mend it. Three unusable replies: `unjudgeable`.
-  So are other 4xx on one text while the judge answers others, such as a context overflow: breaking the judge never pays.
+- A reply counts only when it satisfies the request's schema; otherwise the judge is asked to mend it, twice.
+- Breaking the judge never pays: what fails on one text while the judge gives usable replies to others is `unjudgeable`. That
+  holds for unusable replies and for other 4xx (such as a context overflow) once there was any usable reply, and for 5xx and
+  timeouts that outlast the retries while others are answered. A judge that answers nobody is `unavailable`.
 - Only good replies are cached; the key covers model, prompt, fields and schema.
 - The key of the endpoint is read from the environment and written nowhere.
 """
@@ -57,7 +59,7 @@ class ChatJudge:
         self._config = config
         self._headers = {"Authorization": f"Bearer {_key(config)}"} if config.api_key_env else {}
         self._structured = config.structured
-        self._num_answered = 0
+        self._num_usable = 0
         self._cache: OrderedDict[str, JudgeReply] = OrderedDict()
         self._counts: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -76,11 +78,13 @@ class ChatJudge:
             self._cache.move_to_end(key)
             self._counts["cached"] += 1
             return self._cache[key]
+        trail = [self._num_usable]
         try:
             async with asyncio.timeout(self._config.deadline_s):
-                reply = await self._ask(messages, request.schema, wire, began + self._config.deadline_s)
+                reply = await self._ask(messages, request.schema, wire, began + self._config.deadline_s, trail)
         except TimeoutError:
-            reply = JudgeReply(Status.unavailable, cause="judge_deadline")
+            blame_text = len(trail) > 2 and self._num_usable > trail[-1]
+            reply = JudgeReply(Status.unjudgeable if blame_text else Status.unavailable, cause="judge_deadline")
         reply = replace(reply, prompt_hash=prompt.label, latency_s=time.monotonic() - began)
         self._counts[reply.cause or "ok"] += 1
         if reply.status is Status.ok and self._config.cache_size:
@@ -120,18 +124,23 @@ class ChatJudge:
     # --------------------------------------------------------------------------------------------- one judgement
 
     async def _ask(
-        self, messages: list[Message], schema: Mapping[str, Any], wire: Mapping[str, Any], ends_at: float
+        self,
+        messages: list[Message],
+        schema: Mapping[str, Any],
+        wire: Mapping[str, Any],
+        ends_at: float,
+        trail: list[int],
     ) -> JudgeReply:
         num_tokens, problem = 0, ""
         asked = list(messages)
         for _ in range(NUM_TRIES):
-            answer = await self._complete(asked, wire, ends_at)
+            answer = await self._complete(asked, wire, ends_at, trail)
             num_tokens += answer.num_tokens
             if answer.status is not Status.ok:
                 return JudgeReply(answer.status, cause=answer.cause, text=answer.detail, num_tokens=num_tokens)
-            self._num_answered += 1
             value, reasons, problem = read_reply(answer.text, schema, wire)
             if not problem:
+                self._num_usable += 1
                 return JudgeReply(Status.ok, value, text=reasons, num_tokens=num_tokens)
             self._counts["unusable_replies"] += 1
             asked = [
@@ -139,20 +148,32 @@ class ChatJudge:
                 {"role": "assistant", "content": clean(answer.text[:8000]) or "(empty)"},
                 _mend(problem),
             ]
+        if not self._num_usable:  # nothing but garbage so far: the judge is at fault, not the text
+            return JudgeReply(Status.unavailable, cause="judge_unusable", text=problem, num_tokens=num_tokens)
         return JudgeReply(Status.unjudgeable, cause="unusable_reply", text=problem, num_tokens=num_tokens)
 
-    async def _complete(self, messages: list[Message], wire: Mapping[str, Any], ends_at: float) -> _Answer:
-        """One usable HTTP answer, with retries."""
+    async def _complete(
+        self, messages: list[Message], wire: Mapping[str, Any], ends_at: float, trail: list[int]
+    ) -> _Answer:
+        """One HTTP answer, with retries. `trail`: usable replies to anyone before the request and at each of its failures."""
         answer = _Answer(status=Status.unavailable, cause="judge_unreachable")
         for attempt in range(self._config.max_retries + 1):
             answer, pause_s = await self._post(messages, wire)
-            if pause_s is None or attempt == self._config.max_retries:
+            if pause_s is None:
                 return answer
-            self._counts["retries"] += 1
+            last = attempt == self._config.max_retries
             backoff_s = min(self._config.max_backoff_s, self._config.backoff_s * 2**attempt) * random.uniform(0.5, 1.0)
             wait_s = max(backoff_s, pause_s)
-            if time.monotonic() + wait_s >= ends_at:
-                return answer  # the deadline would come first; say what is wrong instead
+            # When the deadline would come first, what is wrong is said instead.
+            final = last or time.monotonic() + wait_s >= ends_at
+            if _text_may_cause(answer.cause):
+                if final and (last or len(trail) > 1) and self._num_usable > trail[-1]:
+                    # Others were answered since the last failure, so the judge is up: it is this text.
+                    return replace(answer, status=Status.unjudgeable)
+                trail.append(self._num_usable)
+            if final:
+                return answer
+            self._counts["retries"] += 1
             await asyncio.sleep(wait_s)
         return answer
 
@@ -173,7 +194,7 @@ class ChatJudge:
             return _Answer(status=Status.unavailable, cause=cause), _retry_after_s(response)
         if not response.is_success:
             # Text that only this request brings (too long, refused content) is the text's fault if the judge answers others.
-            blame_text = status in (400, 413, 422) and self._num_answered > 0
+            blame_text = status in (400, 413, 422) and self._num_usable > 0
             verdict = Status.unjudgeable if blame_text else Status.unavailable
             return _Answer(status=verdict, cause=f"judge_http_{status}", detail=response.text[:300]), None
         found = _content(response)
@@ -223,6 +244,11 @@ class ChatJudge:
 
 
 # ------------------------------------------------------------------------------------------------- words on the wire
+
+
+def _text_may_cause(cause: str) -> bool:
+    """Failures that a text can bring about: a server that breaks or runs on. Overload and lost connections are not."""
+    return cause == "judge_timeout" or cause.startswith("judge_http_5")
 
 
 def _wire_schema(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 The oracle's `statements`, one per rubric, are `{"subject": "<E1>" or a name, "object": ..., "sentence": "{subject}'s rival is {object}."}`.
 
 Invariants: a message is judged by what it says, never by gold entities; an entity is one word, and a message that gives two different
-ones for a label names neither; a statement is supported when its filled sentence stands, word for word, on one of the pages.
+ones for a label names neither; a statement is supported when its filled sentence stands, word for word, in one piece of evidence.
 Without an oracle the reply is `unavailable`, because a guess would be a wrong reward.
 """
 
@@ -18,7 +18,8 @@ from agents.types import JudgeReply, JudgeRequest, Status
 
 _NAME = r"(\w+(?:-\w+)*)"
 _LABEL = re.compile(r"<(E\d+)>")
-VERSION = "rule-1"
+_PIECES = re.compile(r"\n[ \t]*\n")
+VERSION = "rule-2"
 
 
 class RuleJudge:
@@ -102,14 +103,15 @@ def _open_side(statement: Mapping[str, str], values: Mapping[str, str | None]) -
 
 
 def _support(fields: Mapping[str, Any], oracle: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    pages = [(page["number"], _plain(page["text"])) for page in fields["pages"]]
+    # Pieces of evidence stand apart by blank lines; what ends one and begins the next is no sentence.
+    pages = [(page["number"], [_plain(p) for p in _PIECES.split(str(page["text"]))]) for page in fields["pages"]]
     reply: dict[str, Any] = {}
     notes = []
     for key, index in fields["rubric_indices"].items():
         statement = oracle["statements"][index]
         subject, item = (_resolve(statement[side], fields["values"]) for side in ("subject", "object"))
         pattern = re.compile(_pattern(statement["sentence"], subject, item))
-        on = [number for number, text in pages if pattern.search(text)]
+        on = [number for number, pieces in pages if any(pattern.search(piece) for piece in pieces)]
         reply[key] = bool(on)
         notes.append(f"{key}: page {', '.join(map(str, on))}" if on else f"{key}: on no page")
     return reply, "; ".join(notes)

@@ -154,6 +154,15 @@ def test_cgrpo_recombines_parts_and_voids_overlong() -> None:
     np.testing.assert_allclose([s.reward for s in samples], [0.88, 1.0, 0.0, 0.0])
 
 
+def test_rubric_metrics_are_means_over_members_whose_rubrics_were_judged() -> None:
+    judged = Verdict(1.0, {"outcome": 1.0, "rubric": 0.5, "cited_pages": 4.0, "rubric_judged": 1.0})
+    skipped = Verdict(0.0, {"outcome": 0.0, "rubric": 0.0, "cited_pages": 0.0, "rubric_judged": 0.0})
+    found = batch_samples([group(judged, skipped), group(skipped, skipped), rewards(0.75)], CONFIG)[1]
+    assert found["reward/rubric"] == pytest.approx((0.5 + 0.75) / 2) and found["reward/cited_pages"] == 4.0
+    assert found["reward/rubric_judged"] == 0.25 and found["reward/outcome"] == pytest.approx(2 / 5)
+    assert "reward/rubric" not in batch_samples([group(skipped, skipped)], CONFIG)[1]
+
+
 def test_cgrpo_names_the_missing_part() -> None:
     with pytest.raises(RecordError, match="rubric"):
         group_advantages(

@@ -221,6 +221,14 @@ async def test_citations_only_in_the_reference_list_do_not_count() -> None:
     assert verdict.parts["rubric"] == 0.0 and verdict.parts["cited_pages"] == 0
 
 
+async def test_only_the_last_reference_list_is_cut() -> None:
+    message = (
+        "So it is.\n\n## References\nAs [[1](seen)] says.\n\n## Exact Answer\n66 tonnes\n\n### References\n[[2](x)]"
+    )
+    (verdict,) = await score(FIGURE, figure_judge(), rollout(message, [page("seen", "text"), page("x", "other")]))
+    assert verdict.parts["rubric"] == 0.375 and verdict.parts["cited_pages"] == 1
+
+
 async def test_strict_citations_take_urls_only() -> None:
     events = [page("https://a.b/c", "text")]
     loose = "So [1](https://a.b/c).\n\n## Exact Answer\n66 tonnes"
@@ -292,6 +300,14 @@ async def test_expert_of_the_world_scores_one() -> None:
 async def test_rule_judge_wants_named_cited_linked_steps(message: str, events: list[ToolEvent], rubric: float) -> None:
     (verdict,) = await score(WORLD, RuleJudge(), rollout(message, events))
     assert verdict.parts["rubric"] == rubric and not verdict.status
+
+
+async def test_rule_judge_reads_no_sentence_across_two_pieces_of_evidence() -> None:
+    first, second = LOMITAVE.text.split("mentor ")
+    torn = [page("Lomitave", f"{first}mentor", SeenKind.snippet), page("Lomitave", second)]
+    (whole,) = await score(WORLD, RuleJudge(), rollout(EXPERT, [BADOKIRU, LOMITAVE]))
+    (verdict,) = await score(WORLD, RuleJudge(), rollout(EXPERT, [BADOKIRU, *torn]))
+    assert (whole.parts["supported"], verdict.parts["supported"]) == (2, 1)
 
 
 async def test_rule_judge_follows_the_agents_own_entities() -> None:

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.types import Document
-from retrieval.corpus import CorpusReport, fingerprint, load_documents, read_documents, write_documents
+from retrieval.corpus import CorpusReport, fingerprint, read_documents
 from retrieval.errors import CorpusError
+from tests.builders import write_documents
 
 GOOD = '{"id": "a", "title": "A", "text": "first"}'
 
@@ -21,21 +22,28 @@ def put(path: Path, *lines: str | bytes) -> Path:
     return path
 
 
+def load_documents(path: Path, malformed: str = "error") -> tuple[list[Document], CorpusReport]:
+    report = CorpusReport()
+    return list(read_documents(path, malformed=malformed, report=report)), report
+
+
 def test_both_forms(tmp_path: Path) -> None:
     path = put(
         tmp_path / "c.jsonl",
         b"\xef\xbb\xbf" + GOOD.encode(),
         "",
         '{"id": 7, "contents": "\\"Hamlet\\"\\nA play.\\nBy Shakespeare."}',
+        '{"id": 8, "contents": "One line only."}',
         '{"id": "u", "text": "no title", "url": "http://x", "meta": {"date": "2020-01-01"}}',
     )
     documents, report = load_documents(path)
     assert documents == [
         Document("a", "A", "first"),
         Document("7", '"Hamlet"', "A play.\nBy Shakespeare."),
+        Document("8", "", "One line only."),
         Document("u", "", "no title", {"url": "http://x", "date": "2020-01-01"}),
     ]
-    assert (report.documents, report.skipped, report.files) == (3, 0, [str(path)])
+    assert (report.documents, report.skipped, report.files) == (4, 0, [str(path)])
 
 
 @pytest.mark.parametrize(
@@ -102,7 +110,7 @@ def test_written_documents_come_back_and_order_does_not_change_the_fingerprint(
     tmp_path_factory: pytest.TempPathFactory, docs: list[Document], random: object
 ) -> None:
     path = tmp_path_factory.mktemp("corpus") / "c.jsonl.gz"
-    assert write_documents(path, docs) == len(docs)
+    write_documents(path, docs)
     found, report = load_documents(path)
     assert found == docs and report.fingerprint == fingerprint(docs)
     random.shuffle(docs)  # type: ignore[attr-defined]
@@ -111,6 +119,7 @@ def test_written_documents_come_back_and_order_does_not_change_the_fingerprint(
     assert fingerprint(changed) != report.fingerprint
 
 
+@settings(deadline=None)  # it writes files
 @given(st.binary(max_size=200))
 def test_any_bytes_are_documents_or_one_line_errors(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.mktemp("corpus") / "c.jsonl"

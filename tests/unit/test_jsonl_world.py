@@ -10,6 +10,7 @@ import pytest
 
 from agents.types import Nugget, Task
 from envs.jsonl import JsonlWorldConfig, TaskError, load_tasks, read_tasks, write_tasks
+from retrieval.backend import BackendConfig
 
 ROW: dict[str, Any] = {"id": "t1", "question": "Who?", "answers": ["Ann", "Anna"]}
 
@@ -56,6 +57,9 @@ def test_every_field_is_read(tmp_path: Path) -> None:
         ({**ROW, "answers": [3]}, "field 'answers' holds 3"),
         ({**ROW, "answers": [""]}, "empty answer"),
         ({**ROW, "rubrics": ["Ann leads."]}, "has no placeholder"),
+        ({**ROW, "rubrics": ["<E1> leads <E2>."]}, "no rubric names <E0>"),
+        ({**ROW, "rubrics": ["<E0> is Ann."]}, "gives away the answer 'Ann'"),
+        ({**ROW, "rubrics": ["<E0> is big.", "<E1> is far."]}, "rubric 1 ('<E1> is far.') is not linked to <E0>"),
         ({**ROW, "nuggets": [{"txt": "x"}]}, "field 'nuggets[0].txt' is not known"),
         ({**ROW, "nuggets": [{"text": "x", "importance": "big"}]}, "expected vital or okay"),
         ({**ROW, "gold_docs": ["d9"]}, "document 'd9' is not in the corpus"),
@@ -77,6 +81,19 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         read_tasks(put(tmp_path / "e.jsonl", ""))
     with pytest.raises(TaskError, match="no task file"):
         load_tasks(JsonlWorldConfig())
+
+
+def test_a_run_refuses_a_task_that_is_trained_on_and_held_out(tmp_path: Path) -> None:
+    from cluster.world import WorldSource, open_world
+
+    corpus = put(tmp_path / "corpus.jsonl", {"id": "d", "title": "T", "text": "Ann leads."})
+    tasks = str(put(tmp_path / "t.jsonl", ROW, {**ROW, "id": "e", "split": "eval"}))
+    config = JsonlWorldConfig(corpus=[str(corpus)], tasks=tasks)
+    world = open_world(WorldSource("jsonl", jsonl=config), BackendConfig(kind="bm25"), tmp_path / "run", tmp_path)
+    assert [t.id for t in world.train_tasks] == ["t1"] and [t.id for t in world.eval_tasks] == ["e"]
+    config.eval_tasks = tasks
+    with pytest.raises(TaskError, match="both in training and held out"):
+        open_world(WorldSource("jsonl", jsonl=config), BackendConfig(kind="bm25"), tmp_path / "run", tmp_path)
 
 
 def test_splits_by_field_or_by_file(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.support.reward_cases import group, page, rollout
 
 TASK = Task("t", "Capital of France?", ("Paris",), ("<E0> is the capital of France.",))
 RIGHT, WRONG = {"extracted_answer": "Paris", "correct": True}, {"extracted_answer": "Lyon", "correct": False}
+OTHER = outcome_request(Task("t", "Another?", ("Paris",)), rollout("## Exact Answer\nParis"))
 REQUEST = outcome_request(TASK, rollout("## Exact Answer\nParis"))
 
 
@@ -181,10 +182,50 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("text", BROKEN)
-async def test_three_unusable_replies_are_unjudgeable(text: str) -> None:
-    reply, endpoint = await ask(first(completion(text)))
+async def test_three_unusable_replies_are_unjudgeable_when_others_are_judged(text: str) -> None:
+    async with serve(first(verdict(RIGHT), completion(text))) as endpoint:
+        judge = judge_at(endpoint)
+        assert (await judge.ask(OTHER)).status is Status.ok
+        reply = await judge.ask(REQUEST)
+        await judge.close()
     assert (reply.status, reply.value, reply.cause) == (Status.unjudgeable, None, "unusable_reply")
-    assert len(endpoint.requests) == 3 and "cannot be used" in endpoint.requests[1]["messages"][-1]["content"]
+    assert len(endpoint.requests) == 4 and "cannot be used" in endpoint.requests[2]["messages"][-1]["content"]
+
+
+async def test_a_judge_that_only_answers_garbage_is_unavailable() -> None:
+    async with serve(first(completion("garbage"))) as endpoint:
+        judge = judge_at(endpoint)
+        for request in (OTHER, REQUEST):
+            reply = await judge.ask(request)
+            assert (reply.status, reply.cause) == (Status.unavailable, "judge_unusable")
+        await judge.close()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "blames"), [(failure(500), True), (STALL, True), (DROP, False), (failure(429), False)]
+)
+async def test_a_text_that_breaks_the_judge_while_others_are_answered_does_not_pay(
+    trouble: Answer | str, blames: bool
+) -> None:
+    def handler(body: dict[str, Any], n: int) -> Answer | str:
+        return trouble if "xxxx" in body["messages"][1]["content"] else verdict(RIGHT)
+
+    async with serve(handler) as endpoint:
+        judge = judge_at(endpoint, cache_size=0, timeout_s=0.2, backoff_s=0.2)
+        hostile = asyncio.create_task(judge.ask(outcome_request(TASK, rollout("xxxx\n## Exact Answer\nParis"))))
+        while not hostile.done():
+            assert (await judge.ask(OTHER)).status is Status.ok
+            await asyncio.sleep(0.01)
+        await judge.close()
+    assert hostile.result().status is (Status.unjudgeable if blames else Status.unavailable)
+
+
+async def test_an_outage_after_good_replies_masks() -> None:
+    async with serve(first(verdict(RIGHT), failure(500))) as endpoint:
+        judge = judge_at(endpoint)
+        assert (await judge.ask(OTHER)).status is Status.ok
+        assert (await judge.ask(REQUEST)).status is Status.unavailable
+        await judge.close()
 
 
 @pytest.mark.parametrize("text", BROKEN[:6])
@@ -264,7 +305,8 @@ async def test_chaos_gives_no_wrong_reward() -> None:
             else:
                 kinds["right"] += 1
                 assert v.reward == float(gold)
-                assert v.parts["rubric"] in (0.0, 1.0) and (gold or v.parts["rubric_judged"] in (0.0, 1.0))
+                judged = v.parts["rubric_judged"] and "rubric" not in v.status
+                assert v.parts["rubric"] == (1.0 if judged else 0.0)
     assert sum(kinds.values()) == 200 and kinds["right"] > 80 and kinds["masked"] > 5 and kinds["unjudgeable"] >= 4
 
 

@@ -271,9 +271,9 @@ from dataclasses import replace
 from agents.learning.config import LearnerConfig, LossConfig
 from agents.learning.learner import Learner
 from agents.learning.model import PolicyModel
-from agents.learning.packing import shard
 from agents.learning.scorer import ReferenceScorer
 from agents.learning.shard import apply_fsdp
+from agents.sharding import shard
 from agents.learning.checkpoint import load_checkpoint, save_checkpoint
 from tests.learning_tools import random_samples, tiny_qwen3
 rank, folder = int(sys.argv[1]), sys.argv[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from agents.learning.loss import Tokens, clipped, k3
 from agents.learning.model import PolicyModel
 from agents.learning.packing import pack
 from tests.learning_tools import random_samples, tiny_qwen3
+from tests.reference_loop import reference_logprobs
 
 
 def one(
@@ -114,9 +116,13 @@ def test_only_trained_tokens_have_a_gradient(seed: int, mismatch: str) -> None:
     loss, _ = clipped(logprobs, entropies, tokens, LossConfig(mismatch=mismatch))
     loss.sum().backward()
     assert logits.grad is not None
-    trained = torch.zeros(len(logits), dtype=torch.bool)
-    trained[batch.source[advantages != 0]] = True
-    assert not logits.grad[~trained].any()
+    # One sample begins at position 0, and each position predicts the next token: this is read from the mask alone.
+    predicting = np.flatnonzero(sample.mask) - 1
+    pushed = torch.zeros(len(logits), dtype=torch.bool)
+    pushed[torch.from_numpy(predicting)] = advantages != 0
+    assert not logits.grad[~pushed].any()
+    if mismatch == "none":
+        assert logits.grad[pushed].any(1).all()
 
 
 def test_logprobs_are_exact_for_any_chunk() -> None:
@@ -133,6 +139,22 @@ def test_logprobs_are_exact_for_any_chunk() -> None:
         assert torch.autograd.gradcheck(
             lambda h, w, b, n=elements: token_logprobs(h, w, b, target, temperature, n), (hidden, weight, bias)
         )
+
+
+def test_chunks_are_recomputed_in_the_precision_of_the_forward_pass() -> None:
+    """Under autocast a chunked backward, which runs outside of it, gives the gradients of the unchunked one."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(12, 16) * 2, torch.randn(40, 16) * 2
+    target, temperature = torch.randint(0, 40, (12,)), torch.full((12,), 0.7)
+    grads = []
+    for elements in (80, 1 << 20):  # two tokens a chunk; all at once, probabilities kept
+        inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            logprobs, entropies = token_logprobs(*inputs, None, target, temperature, elements)
+        (logprobs.sum() + 0.1 * entropies.sum()).backward()
+        grads.append([x.grad for x in inputs])
+    for chunked, whole in zip(*grads, strict=True):
+        torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_large_vocabularies_stay_in_chunks() -> None:
@@ -155,8 +177,10 @@ def test_temperature_is_the_samplers() -> None:
     """A cooler sample is scored under the cooler distribution."""
     model = PolicyModel(tiny_qwen3())
     warm, cool = (random_samples(1, temperature=t)[0] for t in (1.0, 0.5))
-    found = [model(pack([s], 4096)[0])[0] for s in (warm, cool)]
-    assert not torch.allclose(*found)
+    for sample in (warm, cool):
+        expected = reference_logprobs(tiny_qwen3(), sample)[0][torch.tensor(sample.mask[1:]) == 1]
+        torch.testing.assert_close(model(pack([sample], 4096)[0])[0], expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(*(model(pack([s], 4096)[0])[0] for s in (warm, cool)))
 
 
 def test_bad_loss_settings_are_one_clear_line() -> None:

@@ -76,6 +76,16 @@ async def test_judged_outcome(reply: object, reward: float, status: Status | Non
     assert verdict.masked == (status is Status.unavailable)
 
 
+async def test_f1_pays_for_overlap() -> None:
+    task = Task("t", "Who?", ("Ann Lee", "A. Lee of York"))
+    rollouts = [rollout(f"## Exact Answer\n{answer}") for answer in ("Ann Lee", "Ann", "Bob")]
+    verdicts = await make_reward(RewardConfig(name="outcome", outcome="f1"))(group(task, *rollouts), Services())
+    assert [v.reward for v in verdicts] == [1.0, pytest.approx(2 / 3), 0.0]
+    assert [v.evidence[0]["correct"] for v in verdicts] == [True, False, False]
+    with pytest.raises(ValueError, match=r"reward\.outcome 'f1' is no right or wrong"):
+        make_reward(RewardConfig(name="carr", outcome="f1"))
+
+
 async def test_config_errors_are_one_line() -> None:
     with pytest.raises(ValueError, match=r"reward\.name 'rouge' is unknown; one of outcome, carr"):
         make_reward(RewardConfig(name="rouge"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.learning.model import PolicyModel
-from agents.learning.packing import count_totals, loss_coefficients, pack, shard, used_length
+from agents.learning.packing import count_totals, loss_coefficients, pack, used_length
+from agents.sharding import shard
 from tests.learning_tools import random_samples, tiny_qwen3
 from tests.reference_loop import reference_logprobs
 
@@ -91,3 +95,8 @@ def test_shards_are_a_partition(count: int, world: int, seed: int) -> None:
     assert sorted(s.rollout_id for part in parts for s in part) == sorted(s.rollout_id for s in samples)
     loads = [sum(s.num_tokens for s in part) for part in parts]
     assert max(loads) - min(loads) <= 40  # the longest sample
+
+
+def test_sharding_needs_no_torch() -> None:
+    code = "import sys, agents.sharding; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

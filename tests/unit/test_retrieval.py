@@ -18,10 +18,10 @@ from agents.types import Document, Query
 from retrieval.analysis import analyzer, words
 from retrieval.backend import BackendConfig, build_backend, prepare_backend, read_manifest
 from retrieval.bm25 import Bm25Index
-from retrieval.corpus import write_documents
 from retrieval.encoders import EncoderConfig, HashingEncoder
 from retrieval.errors import BadQuery, Closed, CorpusError, IndexMismatch, RetrievalError
 from retrieval.faiss_index import FaissIndex
+from tests.builders import write_documents
 
 KINDS = ("faiss", "bm25")
 

@@ -279,3 +279,21 @@ def test_snippets_keep_their_limit_and_come_from_the_text(text: str, query: str,
     flat = " ".join(text.split())
     for snippet in (lead(text, limit), window(text, query, limit)):
         assert len(snippet) <= limit and snippet in flat
+
+
+def test_long_titles_and_ids_never_fill_an_observation() -> None:
+    documents = [Document("a", "title " * 300, "Fact one. " * 100), Document("b" * 400, "T", "Fact two. " * 100)]
+    session = Session(build_backend(BackendConfig(kind="bm25"), documents), SandboxConfig(max_observation_chars=300))
+    found = run(session, "search", query="fact one title")
+    assert found.seen[0].doc_id == "a" and "Fact one" in found.text and len(found.text) <= 300
+    opened = run(session, "open", doc_id="a")
+    assert opened.text.splitlines()[0] == f"Title: {found.seen[0].title}" and len(found.seen[0].title) <= 200
+    for event in (opened, run(session, "open", doc_id="b" * 400), run(session, "find", pattern="Fact two. " * 50)):
+        assert len(event.text) <= 300 and all(s.text in event.text for s in event.seen)
+    sheets = [opened]
+    while not (event := run(session, "open", doc_id="a", page=len(sheets) + 1)).error:
+        sheets.append(event)
+    assert "".join(s.seen[0].text for s in sheets) == documents[0].text, "what does not fit is on the next page"
+    assert (
+        len(run(Session(build_backend(BackendConfig(kind="bm25"), documents)), "open", doc_id="a").seen[0].title) == 200
+    )

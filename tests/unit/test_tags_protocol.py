@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from agents.interfaces import EndsOnText
 from agents.protocols import PROTOCOLS
-from agents.protocols.tags import PROMPT, Tags, TagsConfig, make_tags
+from agents.protocols.tags import PROMPT, Tags, TagsConfig, cut_events
 from agents.sampling.config import SamplingConfig
 from agents.sampling.full import collect
 from agents.types import (
@@ -176,6 +176,39 @@ def test_a_long_observation_keeps_its_closing_tag_and_cannot_forge_tags() -> Non
     assert not set(forged) & set(PLAIN.stop_token_ids)
 
 
+def test_recorded_results_hold_only_what_was_shown() -> None:
+    speech = Tags(tokenizer(), TagsConfig(max_observation_chars=60))
+    given = [event("raw", ("A", "seen <answer> text"), ("B", "y" * 100), ("C", "never shown"))]
+    shown = speech.shown(given)
+    assert [(s.doc_id, s.text) for s in shown[0].seen] == [("d0", "seen < answer> text"), ("d1", "y" * 8)]
+    text = speech.decode(speech.observe(given, after=[]))
+    assert all(s.text in text for s in shown[0].seen) and shown[0].text in text and len(shown[0].text) == 60
+    assert speech.shown(shown) == shown and speech.observe(shown, after=[]) == speech.observe(given, after=[])
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.text(max_size=9), st.text(max_size=40)), max_size=3), max_size=3), st.integers(1, 99)
+)
+def test_shown_results_stay_within_the_limit(results: list[list[tuple[str, str]]], limit: int) -> None:
+    shown = cut_events([event("nothing" * 3, *docs) for docs in results], limit, lambda text: text)
+    assert len("\n".join(e.text for e in shown if e.text)) <= limit
+    assert all(s.text in e.text for e in shown for s in e.seen)
+
+
+def test_half_a_surrogate_pair_never_leaves_a_turn() -> None:
+    class Broken:
+        eos_token_id, eos_token, chat_template = None, "", None
+
+        def decode(self, *_: Any, **__: Any) -> str:
+            return "<search>\ud800</search>"
+
+        def get_vocab(self) -> dict[str, int]:
+            return {}
+
+    assert Tags(Broken()).parse([1]).calls[0].arguments["query"].encode() == b"?"
+
+
 def test_complaints_continue_the_turn_or_open_a_new_one() -> None:
     note = PLAIN.decode(PLAIN.complain("there was no query.", after=ids("hm")))
     assert "there was no query." in note and "<search>" in note and "<answer>" in note
@@ -215,8 +248,18 @@ async def test_an_episode_over_a_real_corpus() -> None:
     assert trajectory.events[0].seen[0].doc_id == "d1"
 
 
+async def test_an_episode_records_no_text_that_was_cut_off() -> None:
+    speech = Tags(tokenizer(), TagsConfig(max_observation_chars=40))
+    policy = Speaker("<search>leader of Gupezo</search>", "<answer>Ann</answer>")
+    box = Session(build_backend(BackendConfig(kind="bm25"), [Document("d1", "Gupezo", "The leader of Gupezo is Ann.")]))
+    identity = Identity("run", Uid("t", "g", 0), "tags", "", "", Sampling(max_tokens=500))
+    episode = await collect(Task("t", "Who leads Gupezo?"), identity, policy, box, speech, SamplingConfig())
+    seen = next(episode.trajectories()).events[0].seen[0]
+    assert seen.text in policy.prompts[1] and "Ann" not in seen.text
+
+
 def test_registered_and_recognised() -> None:
     speech = PROTOCOLS["tags"](tokenizer(), TagsConfig())
     assert isinstance(speech, EndsOnText) and speech.name == "tags"
     assert not isinstance(PROTOCOLS["tools"], EndsOnText)
-    assert make_tags(tokenizer()).stop_token_ids == speech.stop_token_ids != ()
+    assert Tags(tokenizer()).stop_token_ids == speech.stop_token_ids != ()

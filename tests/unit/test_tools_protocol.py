@@ -164,6 +164,16 @@ def test_final_message_gives_answer_and_refusal():
         ('<tool_call>\n{"name": ["search"], "arguments": {}}\n</tool_call>', "no tool"),
         (call_text("delete", doc_id="a"), "no tool"),
         (call_text("search", query="x") * 5, "at most 4"),
+        (call_text("open", doc_id={"a": 1}), "plain text"),
+        (call_text("search", query=["a"]), "plain text"),
+        (call_text("search", query="a\ud800b"), "valid Unicode"),
+        (call_text("search", **{"query\udfff": "a"}), "valid Unicode"),
+        (call_text("search", query="x", k=2**63), "number"),
+        (call_text("search", query="x", k=float("nan")), "number"),
+        (
+            '<tool_call>{"name": "find", "arguments": {"pattern": ' + "[" * 900 + "]" * 900 + "}}</tool_call>",
+            "plain text",
+        ),
         ("<tool_call>" + "[" * 100_000 + "</tool_call>", "JSON"),
     ],
 )
@@ -225,6 +235,19 @@ def test_a_tokenizer_without_chat_template_is_refused_in_one_line():
     with pytest.raises(ProtocolError, match="no chat template") as caught:
         PROTOCOLS["tools"](tokenizer_with(None), ToolsConfig())
     assert "\n" not in str(caught.value)
+
+
+def test_a_closing_of_several_tokens_gives_no_stop_token():
+    tokenizer = tokenizer_with(NO_TOOLS.replace("<|im_end|>", "[end]"))
+    speech = Tools(tokenizer, ToolsConfig())
+    assert speech.stop_token_ids == (tokenizer.eos_token_id,)
+
+
+def test_strict_reasoning_is_closed_exactly_once():
+    strict = ToolsConfig(strict_think=True)
+    assert parse_text(f"<think>a</think>{FINAL}", strict).kind is ActionKind.answer
+    for text in (FINAL, f"<think>a</think>b</think>{FINAL}"):
+        assert "</think>" in parse_text(text, strict).error
 
 
 def test_fingerprints_follow_tokenizer_and_template():
