@@ -22,6 +22,7 @@ import numpy as np
 
 from agents.advantages import AdvantageConfig, GroupStats, summarise, to_samples
 from agents.curriculum import Curriculum
+from agents.sharding import shard
 from agents.types import Group, Sample, StopReason, Task
 from cluster.ledger import Counts, Ledger
 
@@ -307,7 +308,9 @@ class Buffer:
         judged = {g.task.id: [v.reward for v in g.verdicts if not v.masked] for g in groups}
         self._curriculum.update({task: float(np.mean(rewards)) for task, rewards in judged.items() if rewards})
         last = self._step + 1 >= self._steps or time.monotonic() >= self._ends_at
-        return Batch(self._step, _shards(samples, world_size), last, row)
+        return Batch(
+            self._step, tuple(tuple(shard(samples, rank, world_size)) for rank in range(world_size)), last, row
+        )
 
     def _ledger_row(self) -> dict[str, float]:
         counts = self._ledger.counts()
@@ -324,7 +327,7 @@ def batch_stats(groups: Sequence[Group]) -> dict[str, float]:
     row: dict[str, float] = {"episodes": float(len(members))}
     outcomes = [v.parts["outcome"] for g in groups for v in g.verdicts if not v.masked and "outcome" in v.parts]
     if outcomes:
-        row["success"] = float(np.mean(outcomes))
+        row["success"] = float(np.mean([value == 1.0 for value in outcomes]))
     row["episode/tokens"] = float(np.mean([sum(len(t.token_ids) for t in m.turns) for m in members]))
     row["episode/sampled_tokens"] = float(np.mean([sum(int(t.mask.sum()) for t in m.turns) for m in members]))
     row["episode/turns"] = float(np.mean([sum(t.role == "policy" for t in m.turns) for m in members]))
@@ -346,14 +349,3 @@ def sample_age(sample: Sample, step: int) -> int:
 def _cause(groups: Sequence[Group]) -> str:
     causes = Counter(c for g in groups for v in g.verdicts for c in v.causes.values())
     return causes.most_common(1)[0][0] if causes else "masked"
-
-
-def _shards(samples: Sequence[Sample], world_size: int) -> tuple[tuple[Sample, ...], ...]:
-    """Samples spread over ranks so that tokens are even: longest first, each to the lightest rank."""
-    loads = [0] * world_size
-    shards: list[list[Sample]] = [[] for _ in range(world_size)]
-    for sample in sorted(samples, key=lambda s: (-s.num_tokens, s.rollout_id)):
-        rank = loads.index(min(loads))
-        shards[rank].append(sample)
-        loads[rank] += sample.num_tokens
-    return tuple(tuple(shard) for shard in shards)

@@ -36,8 +36,8 @@ class Success:
 
 def success(groups: Sequence[Group]) -> Success:
     """Over all attempts that were judged."""
-    outcomes = [v.parts["outcome"] for g in groups for v in g.verdicts if not v.masked]
-    return Success(*wilson(round(sum(outcomes)), len(outcomes)), len(outcomes))
+    right = [v.parts.get("outcome") == 1.0 for g in groups for v in g.verdicts if not v.masked]
+    return Success(*wilson(sum(right), len(right)), len(right))
 
 
 def eval_row(groups: Sequence[Group]) -> dict[str, float]:

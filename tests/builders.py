@@ -29,6 +29,9 @@ from agents.types import (
 )
 
 
+START = Version(0, 0)
+
+
 def an_identity(task: str = "t", group: str = "g", attempt: int = 0) -> Identity:
     return Identity("run", Uid(task, group, attempt), "tools", "tok", "tmpl", Sampling())
 
@@ -38,7 +41,7 @@ def an_episode(
     task: str = "t",
     group: str = "g",
     attempt: int = 0,
-    version: Version = Version(0, 0),
+    version: Version = START,
     tokens: int = 6,
     vocab: int = 50,
     seed: int = 0,
@@ -69,7 +72,7 @@ def a_group(
     *,
     task: str = "t",
     group: str = "g",
-    version: Version = Version(0, 0),
+    version: Version = START,
     **kwargs: int,
 ) -> Group:
     """A scored group of whole trajectories; `rewards` are outcomes, the rubric part is equal to them."""

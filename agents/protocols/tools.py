@@ -114,6 +114,7 @@ class Tools(TokenText):
             "user": _frame(self._render, "user", self.config.template_options),
         }
         self.stop_token_ids = self._stop_tokens()
+        self._opens = self._render([{"role": "user", "content": "question"}]).rstrip().endswith("<think>")
         template = [tokenizer.chat_template, self._tools, self.config.system, self.config.format_request,
                     self.config.template_options]  # fmt: skip
         self.template_fingerprint = fingerprint(template)
@@ -133,7 +134,7 @@ class Tools(TokenText):
             return _malformed("The turn was cut off before it ended; write less in one turn.")
         while ids and ids[-1] in self.stop_token_ids:
             ids.pop()
-        return parse_text(self.decode(ids), self.config)
+        return parse_text(self.decode(ids), self.config, opened=self._opens)
 
     def observe(self, events: Sequence[ToolEvent], *, after: Sequence[int]) -> list[int]:
         """Token ids of the tools' results, one tool message per event."""
@@ -178,10 +179,10 @@ class Tools(TokenText):
         return tuple(dict.fromkeys(ids))
 
 
-def parse_text(text: str, config: ToolsConfig | None = None) -> Action:
-    """What the text of a whole turn does (without its stop token)."""
+def parse_text(text: str, config: ToolsConfig | None = None, *, opened: bool = True) -> Action:
+    """What the text of a whole turn does (without its stop token). `opened`: the prompt may have opened the reasoning."""
     settings = config or ToolsConfig()
-    thought, rest, error = _split_reasoning(text, settings.strict_think)
+    thought, rest, error = _split_reasoning(text, settings.strict_think, opened)
     if error:
         return _malformed(error, thought)
     if "<tool_call>" in rest or "</tool_call>" in rest:
@@ -262,12 +263,14 @@ def _common(a: str, b: str) -> str:
     return a[:length]
 
 
-def _split_reasoning(text: str, strict: bool) -> tuple[str, str, str]:
-    """(reasoning, the rest, error). Templates may open `<think>` in the prompt, so only the end tag need be present."""
+def _split_reasoning(text: str, strict: bool, opened_before: bool) -> tuple[str, str, str]:
+    """(reasoning, the rest, error). Where the template opens `<think>` in the prompt, only the end tag need be present."""
     if strict and text.count("</think>") > 1:
         return "", "", "The turn must hold exactly one </think>."
     head, closed, rest = text.partition("</think>")
     opened = head.lstrip().startswith("<think>")
+    if closed and not opened and not opened_before:
+        return "", "", "The reasoning was closed with </think> but never opened with <think>."
     if closed:
         return head.lstrip().removeprefix("<think>").strip(), rest, ""
     if opened:

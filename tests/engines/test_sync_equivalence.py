@@ -62,6 +62,8 @@ async def test_staleness_zero_equals_a_plain_synchronous_loop():
 
     for (loss, norm), (plain_loss, plain_norm) in zip(through_the_pipeline, synchronous, strict=True):
         assert abs(loss - plain_loss) < 1e-5 and abs(norm - plain_norm) < 1e-4
-    worst = max(float((a - b).detach().abs().max()) for a, b in zip(pipeline.parameters(), plain.parameters(), strict=True))
+    worst = max(
+        float((a - b).detach().abs().max()) for a, b in zip(pipeline.parameters(), plain.parameters(), strict=True)
+    )
     assert worst < 1e-5
     assert any(loss != through_the_pipeline[0][0] for loss, _ in through_the_pipeline[1:]), "the weights moved"

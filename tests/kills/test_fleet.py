@@ -60,11 +60,12 @@ def test_a_dead_engine_is_replaced_with_the_current_weights(ray, fleet, tmp_path
     pids = ray.get(fleet.members.remote())[first]["pids"]
     os.kill(pids[0], signal.SIGKILL)
     deadline = time.monotonic() + 120
-    while not any("took its place" in line for line in (lines := ray.get(fleet.events.remote()))):
+    lines: list[str] = []
+    while not any("took its place" in line for line in lines):
         assert time.monotonic() < deadline, "no successor came up"
         ray.get(fleet.report.remote(first, "seen dead by the test"))
+        lines += ray.get(fleet.events.remote())
         time.sleep(0.5)
-    assert lines
     members = ray.get(fleet.members.remote())
     assert first not in members and sum(m["live"] for m in members.values()) == 2
     assert not any(alive(pid) for pid in pids), "the dead engine left processes behind"

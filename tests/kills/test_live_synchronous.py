@@ -25,7 +25,14 @@ def rollout_worker(parent: int) -> int:
 
 def test_synchronous_training_survives_a_dead_rollout_worker(tmp_path):
     log, run_dir = tmp_path / "log", tmp_path / "sync"
-    run = ("train", "configs/demo.yaml", "name=sync", f"storage_path={tmp_path}", "train.steps=6", "buffer.max_staleness=0")
+    run = (
+        "train",
+        "configs/demo.yaml",
+        "name=sync",
+        f"storage_path={tmp_path}",
+        "train.steps=6",
+        "buffer.max_staleness=0",
+    )
     with gumshoe(*run, *SMALL, "rollout.workers=2", log=log) as process:
         wait_for(lambda: rows(run_dir, "train"), process, log, 180)
         os.kill(rollout_worker(process.pid), signal.SIGKILL)

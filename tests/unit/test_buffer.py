@@ -80,7 +80,7 @@ async def test_infrastructure_that_fails_every_time_ends_the_run_by_name():
         lease = await buffer.lease("w", 0.1)
         await buffer.event("lease failed: KeyError: 'reward'")
         await buffer.fail(lease.id, "rollout_failed")
-    with pytest.raises(OutOfOrder, match="rollout_failed.*KeyError"):
+    with pytest.raises(OutOfOrder, match=r"rollout_failed.*KeyError"):
         await buffer.rows()
 
 
@@ -98,7 +98,9 @@ async def test_a_new_incarnation_takes_the_ledger_back_and_refuses_earlier_resul
     await buffer.published(2, {})
     running = await buffer.lease("w", 0.1)
     assert await buffer.enter(saved) == 1
-    assert not await buffer.put(running.id, [a_group(task=running.task.id, group=running.id)]), "of the lost incarnation"
+    assert not await buffer.put(running.id, [a_group(task=running.task.id, group=running.id)]), (
+        "of the lost incarnation"
+    )
     assert await buffer.lease("w", 0.05) is None, "not before the restored weights are out"
     await buffer.published(1, {})
     assert (await buffer.lease("w", 0.1)).task.id == running.task.id

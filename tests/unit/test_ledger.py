@@ -68,7 +68,12 @@ def test_restored_books_go_on():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["admit", "finish", "fail", "drop", "ship", "settle", "publish"]), st.integers(0, 30))), st.integers(0, 3))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["admit", "finish", "fail", "drop", "ship", "settle", "publish"]), st.integers(0, 30))
+    ),
+    st.integers(0, 3),
+)
 def test_always_balances_and_never_overruns(moves, max_staleness):
     ledger = Ledger(batch_episodes=4, max_staleness=max_staleness)
     serial, settled = 0, 0

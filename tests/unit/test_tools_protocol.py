@@ -273,3 +273,11 @@ def test_parse_never_raises(ids):
 def test_parse_text_never_raises(text):
     for wrapped in (text, f"<think>{text}</think>{text}", f"<tool_call>{text}</tool_call>"):
         assert bool(parse_text(wrapped).error) == (parse_text(wrapped).kind is ActionKind.malformed)
+
+
+def test_reasoning_that_was_never_opened_is_malformed_unless_the_prompt_opened_it():
+    text = f"a</think>\n\n{FINAL}"
+    assert parse_text(text, opened=True).kind is ActionKind.answer
+    action = parse_text(text, opened=False)
+    assert action.kind is ActionKind.malformed and "never opened" in action.error
+    assert parse_text(f"<think>{text}", opened=False).kind is ActionKind.answer
