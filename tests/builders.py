@@ -28,7 +28,6 @@ from agents.types import (
     Version,
 )
 
-
 START = Version(0, 0)
 
 

@@ -19,6 +19,10 @@ import pytest
 from tests.runs import SMALL, finished, gumshoe, rows
 
 
+OPEN = {"RAY_AUTH_MODE": "disabled"}
+"""The cluster is on loopback and lives for one test; Ray may otherwise ask for a token."""
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -51,7 +55,7 @@ def cluster(site: Path, log: Path) -> Iterator[str]:
     with open(log, "wb") as out:
         head = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(site)},
+            env={**os.environ, **OPEN, "PYTHONPATH": str(site)},
         )  # fmt: skip
     address = f"http://127.0.0.1:{dashboard}"
     try:
@@ -78,7 +82,7 @@ def test_a_submitted_job_trains_beside_a_foreign_agents_package(foreign: Path, t
     with cluster(foreign, tmp_path / "ray.log") as address:
         overrides = ("name=job", f"storage_path={tmp_path / 'store'}", "train.steps=2", "fleet.num_engines=1", *SMALL)
         submit = ("submit", "configs/demo.yaml", *overrides, "--address", address)
-        with gumshoe(*submit, log=log, env={"PYTHONPATH": str(foreign)}) as process:
+        with gumshoe(*submit, log=log, env={**OPEN, "PYTHONPATH": str(foreign)}) as process:
             output = finished(process, log, 240)
     assert "MiB" in output, "the upload's size is printed"
     assert [r["step"] for r in rows(run_dir, "train")] == [1, 2]
