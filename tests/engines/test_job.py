@@ -18,7 +18,6 @@ import pytest
 
 from tests.runs import SMALL, finished, gumshoe, rows
 
-
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 """The cluster is on loopback and lives for one test; Ray may otherwise ask for a token."""
 
