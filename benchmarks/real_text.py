@@ -87,11 +87,12 @@ def figures(run_dir: Path, inputs: Inputs, asked: dict[str, int], seconds: float
     }  # fmt: skip
 
 
-def gold_found(inputs: Inputs, index_dir: Path, k: int = 5) -> dict[str, float]:
+def gold_found(inputs: Inputs, storage: Path, k: int = 5) -> dict[str, float]:
     """Share of tasks whose first gold document is among the first `k` hits of the question, by hops.
 
     A random policy never searches, so this asks the run's index what a policy would have found.
     """
+    index_dir = next((storage / "indexes").glob(f"bm25-{inputs.corpus.stem}-*"))
     backend = build_backend(BackendConfig(kind="bm25"), directory=index_dir)
     try:
         tasks = read_tasks(inputs.tasks)
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code:
         return code
     found = figures(storage / "real_text", inputs, asked, seconds)
-    found["gold_in_top_5"] = gold_found(inputs, storage / "indexes" / "bm25-corpus")
+    found["gold_in_top_5"] = gold_found(inputs, storage)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))

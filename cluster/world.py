@@ -5,6 +5,7 @@ Either a synthetic world (trained in some seeds, evaluated in others) or a user'
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def open_world(source: WorldSource, backend: BackendConfig, run_dir: Path, stora
         if shared:
             raise UserError(
                 f"the training and held-out worlds share {len(shared)} documents, such as {min(shared)!r}; "
-                "give world.synthetic.train.seed and world.synthetic.held_out.seed different values"
+                "set world.synthetic.train.split=train and world.synthetic.held_out.split=heldout"
             )
         index_dir = run_dir / "index"
         built = build_backend(backend, [*train.documents, *held_out.documents], index_dir)
@@ -66,8 +67,10 @@ def open_world(source: WorldSource, backend: BackendConfig, run_dir: Path, stora
         config = source.jsonl
         if not config.corpus or not config.tasks:
             raise UserError("world.kind is jsonl, which needs world.jsonl.corpus and world.jsonl.tasks")
-        index_dir = storage / "indexes" / "-".join([backend.kind, *(Path(c).stem for c in config.corpus)])
-        built = prepare_backend(backend, [resolve(c) for c in config.corpus], index_dir, malformed=config.malformed)
+        corpus = [resolve(c) for c in config.corpus]
+        place = hashlib.blake2b("\0".join(map(str, corpus)).encode(), digest_size=4).hexdigest()
+        index_dir = storage / "indexes" / f"{backend.kind}-{corpus[0].stem}-{place}"
+        built = prepare_backend(backend, corpus, index_dir, malformed=config.malformed)
         known = set(built.store.ids())
         built.store.close()
         held_out_file = str(resolve(config.eval_tasks)) if config.eval_tasks else ""
