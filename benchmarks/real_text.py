@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -24,12 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from agents.types import Query  # noqa: E402
+from benchmarks.results_file import write_result  # noqa: E402
 from envs.jsonl import read_tasks  # noqa: E402
 from retrieval.backend import BackendConfig, build_backend  # noqa: E402
 from tests.support.chat_server import ChatServer  # noqa: E402
 from tests.support.real_text import Inputs, InputsError, make_inputs  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "real_text.json"
 
 
 def overrides(inputs: Inputs, judge_url: str, storage: Path, steps: int) -> list[str]:
@@ -68,7 +65,6 @@ def figures(run_dir: Path, inputs: Inputs, asked: dict[str, int], seconds: float
         return [round(float(r[key]), 6) if r.get(key) is not None else None for r in (steps[0], steps[-1])]
 
     return {
-        "machine": {"cpus": os.cpu_count(), "load_5min": round(os.getloadavg()[1], 1), "system": platform.system(), "python": platform.python_version()},
         "inputs": dict(inputs.figures),
         "steps": len(steps),
         "seconds": {"command": round(seconds, 1), **summary.get("seconds", {})},
@@ -110,7 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--documents", type=int, default=4000, help="documents of the corpus (4000)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "real_text_inputs", help="where inputs are kept")
     parser.add_argument("--storage", type=Path, default=ROOT / "runs", help="where the run goes")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="file for the figures")
     arguments, more = parser.parse_known_args(argv)
     try:
         inputs = make_inputs(arguments.folder.absolute(), documents=arguments.documents)
@@ -126,9 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     found = figures(storage / "real_text", inputs, asked, seconds)
     found["gold_in_top_5"] = gold_found(inputs, storage)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=2))
+    print(f"figures in {write_result('real_text', found)}")
     print(f"figures: {arguments.out}\nreport:  {storage / 'real_text' / 'report.html'}")
     return 0
 

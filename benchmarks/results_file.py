@@ -28,8 +28,8 @@ def write_result(name: str, figures: Mapping[str, Any]) -> Path:
     }  # fmt: skip
     width = max(len(k) for k in figures)
     for key, value in figures.items():
-        print(f"{key:<{width}}  {value:.4g}" if isinstance(value, float) else f"{key:<{width}}  {value}")
-    RESULTS.mkdir(parents=True, exist_ok=True)
+        print(f"{key:<{width}}  {value:.4g}" if isinstance(value, float) else f"{key:<{width}}  {str(value)[:110]}")
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**about, "figures": dict(figures)}, indent=2) + "\n", encoding="utf-8")
     return path
