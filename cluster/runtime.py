@@ -8,6 +8,7 @@ waiting), since two spinning thread pools on the same cores run several times sl
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -68,9 +69,7 @@ def ray_session(config: RayConfig, needs: Mapping[str, float] | None = None) -> 
     variables = {"env_vars": environment()}
     try:
         if joined:
-            # A job's own working directory already carries the code; PYTHONPATH of this machine means nothing elsewhere.
-            if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-                variables["env_vars"].pop("PYTHONPATH")
+            variables["env_vars"] = _beside_the_jobs(variables["env_vars"])
             ray.init(address=joined, runtime_env=variables, **quiet)
         else:
             ray.init(
@@ -97,6 +96,16 @@ def ray_session(config: RayConfig, needs: Mapping[str, float] | None = None) -> 
         yield ray
     finally:
         ray.shutdown()
+
+
+def _beside_the_jobs(variables: dict[str, str]) -> dict[str, str]:
+    """`variables` without what a submitted job has set already, which Ray does not let us set again, and without
+    PYTHONPATH: a job's working directory carries the code, and paths of this machine mean nothing elsewhere."""
+    job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    if not job:
+        return variables
+    taken = (json.loads(job).get("runtime_env") or {}).get("env_vars") or {}
+    return {k: v for k, v in variables.items() if k != "PYTHONPATH" and k not in taken}
 
 
 def joined_address(config: RayConfig) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import SMALL, finished, gumshoe, rows
+from tests.runs import ROOT, SMALL, finished, gumshoe, rows
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 """The cluster is on loopback and lives for one test; Ray may otherwise ask for a token."""
@@ -76,16 +76,26 @@ def cluster(site: Path, log: Path) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_submitted_job_trains_beside_a_foreign_agents_package(foreign: Path, tmp_path: Path) -> None:
-    log, run_dir = tmp_path / "log", tmp_path / "store" / "job"
+def test_jobs_train_beside_a_foreign_agents_package(foreign: Path, tmp_path: Path) -> None:
+    log, store = tmp_path / "log", tmp_path / "store"
+    small = ("train.steps=2", *SMALL)
     with cluster(foreign, tmp_path / "ray.log") as address:
-        overrides = ("name=job", f"storage_path={tmp_path / 'store'}", "train.steps=2", "fleet.num_engines=1", *SMALL)
-        submit = ("submit", "configs/demo.yaml", *overrides, "--address", address)
+        submit = ("submit", "configs/demo.yaml", "name=ours", f"storage_path={store}", *small, "--address", address)
         with gumshoe(*submit, log=log, env={**OPEN, "PYTHONPATH": str(foreign)}) as process:
             output = finished(process, log, 240)
-    assert "MiB" in output, "the upload's size is printed"
-    assert [r["step"] for r in rows(run_dir, "train")] == [1, 2]
-    summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["ledger"]["trained"] == 16
-    assert Path(summary["checkpoint"]).is_dir(), "nothing of value lay in the job's unpacked folder"
-    assert (run_dir / "report.html").exists()
+        assert "MiB" in output, "the upload's size is printed"
+        # Plain Ray, and a relative storage_path: nothing of value may lie in the job's unpacked folder.
+        ray, home = str(Path(sys.executable).with_name("ray")), tmp_path / "home"
+        variables = json.dumps({"env_vars": {"HOME": str(home)}})
+        plain = [
+            ray, "job", "submit", "--address", address, "--working-dir", ".", "--runtime-env-json", variables, "--",
+            sys.executable, "-m", "cluster.cli", "train", "configs/demo.yaml", "name=plain", "storage_path=mine", *small,
+        ]  # fmt: skip
+        done = subprocess.run(plain, cwd=ROOT, env={**os.environ, **OPEN}, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    for run_dir in (store / "ours", home / "gumshoe" / "mine" / "plain"):
+        assert [r["step"] for r in rows(run_dir, "train")] == [1, 2]
+        summary = json.loads((run_dir / "summary.json").read_text())
+        assert summary["ledger"]["trained"] == 16
+        assert Path(summary["checkpoint"]).is_dir()
+        assert (run_dir / "report.html").exists()
