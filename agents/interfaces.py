@@ -80,6 +80,10 @@ class Speech(Protocol):
         """Text for people and judges. Never fed back to the policy."""
         ...
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text by itself, for the sandbox's token budget."""
+        ...
+
 
 @runtime_checkable
 class EndsOnText(Protocol):

@@ -239,7 +239,8 @@ class RolloutWorker:
             speech.template_fingerprint,
             Sampling(temperature=warmth, max_tokens=play.sampling.max_turn_tokens),
         )
-        sandbox = Session(self._backend, play.sandbox)
+        count = speech.count_tokens if play.sandbox.max_observation_tokens else None
+        sandbox = Session(self._backend, play.sandbox, count_tokens=count)
         try:
             return await collect(task, identity, self._policy, sandbox, speech, play.sampling)
         except PolicyFailed as error:

@@ -25,6 +25,10 @@ class TokenText:
         text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(text).encode("utf-8", "replace").decode()
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text by itself, for budgets."""
+        return len(self._encode(text))
+
     def _encode(self, text: str) -> list[int]:
         return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
 
