@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = figures(storage / "real_text", inputs, asked, seconds)
     found["gold_in_top_5"] = gold_found(inputs, storage)
     print(f"figures in {write_result('real_text', found)}")
-    print(f"figures: {arguments.out}\nreport:  {storage / 'real_text' / 'report.html'}")
+    print(f"report in {storage / 'real_text' / 'report.html'}")
     return 0
 
 
