@@ -3,11 +3,11 @@
 Invariants:
 - A masked member (its verdict is unavailable, or infrastructure ended it) gets no sample and leaves the baseline of
   its group: means, spreads and maxima are taken over the remaining members.
-- Rewards that are all equal give advantages of exactly 0, and so does a group of one.
+- Rewards that are all equal give advantages of exactly 0, and so does a group of one. `raft`, which has no baseline, is the exception.
 - The loss mask is the policy's own tokens of the turns from `Member.first_turn` on; observations are never in it.
 
 Sources: GRPO, Dr.GRPO and RLOO as commonly stated; C-GRPO: CaRR paper, section 4 (reward) with the variants that its
-released code runs. numpy only. Axis suffix: G members of one group.
+released code runs; RAFT: Dong et al. 2023 (2304.06767), with all right samples kept in place of the best of each group. numpy only. Axis suffix: G members of one group.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AdvantageConfig:
     """How rewards of a group become advantages."""
 
     name: str = "grpo"
-    """One of ADVANTAGES: grpo, dr_grpo, rloo, c_grpo."""
+    """One of ADVANTAGES: grpo, dr_grpo, rloo, c_grpo, raft (rejection sampling: a control, not a competitor)."""
     eps: float = 1e-6
     """Added to the standard deviation (grpo, c_grpo)."""
     alpha: float = 0.3
@@ -43,7 +43,7 @@ class AdvantageConfig:
     correct_only: bool = True
     """c_grpo: the rubric counts for correct rollouts only (paper); false is the all-rollouts ablation."""
     drop_zero_spread: bool = False
-    """Make no samples of a group whose rewards are all equal (DAPO's filter). They carry no gradient in any case."""
+    """Make no samples of a group whose rewards are all equal (DAPO's filter). They carry no gradient in any case; not for raft."""
 
     def check(self) -> None:
         """Raises ValueError, one line, for a value outside its range."""
@@ -53,6 +53,10 @@ class AdvantageConfig:
             raise ValueError(f"advantage.normalise {self.normalise!r} is unknown; one of group, correct, raw")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"advantage.alpha {self.alpha} is outside [0, 1]")
+        if self.drop_zero_spread and self.name == "raft":
+            raise ValueError(
+                "advantage.drop_zero_spread would drop what raft learns most from, all right: set it to false"
+            )
         if self.eps < 0:
             raise ValueError(f"advantage.eps {self.eps} is negative")
 
@@ -102,11 +106,20 @@ def rloo(rewards_G: np.ndarray, config: AdvantageConfig) -> np.ndarray:
     return centred * (len(centred) / (len(centred) - 1)) if len(centred) > 1 else centred
 
 
+def raft(rewards_G: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    """r itself, no baseline: over the rewards of GROUP_REWARDS 1 for an accepted rollout, 0 for a rejected one. float64 [G].
+
+    With one optimiser step per batch and `loss.mismatch=none` the gradient is that of the log-likelihood of the accepted samples.
+    """
+    return np.asarray(rewards_G, dtype=np.float64)
+
+
 ADVANTAGES: dict[str, Callable[[np.ndarray, AdvantageConfig], np.ndarray]] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "rloo": rloo,
     "c_grpo": grpo,
+    "raft": raft,
 }
 """By name: rewards [G] -> advantages [G]. `c_grpo` is grpo over the C-GRPO reward (see GROUP_REWARDS)."""
 
@@ -148,15 +161,25 @@ def _verdict_rewards(members: Sequence[Member], config: AdvantageConfig) -> np.n
     return np.array([m.trajectory.verdict.reward for m in members if m.trajectory.verdict], dtype=np.float64)
 
 
-def _cgrpo_rewards(members: Sequence[Member], config: AdvantageConfig) -> np.ndarray:
+def _parts(members: Sequence[Member], name: str, needed: tuple[str, ...], mend: str) -> list[Mapping[str, float]]:
     parts = [m.trajectory.verdict.parts for m in members if m.trajectory.verdict]
     for member, found in zip(members, parts, strict=True):
-        missing = {"outcome", "rubric"} - set(found)
+        missing = set(needed) - set(found)
         if missing:
             raise RecordError(
-                f"c_grpo needs the verdict parts outcome and rubric; {member.trajectory.identity.uid} lacks"
-                f" {', '.join(sorted(missing))}: use the reward 'carr', or another advantage"
+                f"{name} needs the verdict parts {' and '.join(needed)}; {member.trajectory.identity.uid} lacks"
+                f" {', '.join(sorted(missing))}: {mend}, or another advantage"
             )
+    return parts
+
+
+def _raft_rewards(members: Sequence[Member], config: AdvantageConfig) -> np.ndarray:
+    parts = _parts(members, "raft", ("outcome",), "use a reward that judges the outcome")
+    return np.array([float(p["outcome"] == 1.0) for p in parts], dtype=np.float64)
+
+
+def _cgrpo_rewards(members: Sequence[Member], config: AdvantageConfig) -> np.ndarray:
+    parts = _parts(members, "c_grpo", ("outcome", "rubric"), "use the reward 'carr'")
     return cgrpo_rewards(
         [p["outcome"] for p in parts],
         [p["rubric"] for p in parts],
@@ -167,7 +190,10 @@ def _cgrpo_rewards(members: Sequence[Member], config: AdvantageConfig) -> np.nda
     )
 
 
-GROUP_REWARDS: dict[str, Callable[[Sequence[Member], AdvantageConfig], np.ndarray]] = {"c_grpo": _cgrpo_rewards}
+GROUP_REWARDS: dict[str, Callable[[Sequence[Member], AdvantageConfig], np.ndarray]] = {
+    "c_grpo": _cgrpo_rewards,
+    "raft": _raft_rewards,
+}
 """By advantage name: rewards recombined from verdict parts over the group. Not named here: `Verdict.reward` itself."""
 
 

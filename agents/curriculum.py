@@ -19,6 +19,8 @@ class Curriculum(Protocol):
 
     def sample(self, n: int) -> list[Task]: ...
 
+    def task(self, task_id: str) -> Task: ...
+
     def update(self, results: Mapping[str, float]) -> None: ...
 
     def state(self) -> dict[str, Any]: ...
@@ -33,6 +35,7 @@ class Uniform:
         if not tasks:
             raise ValueError("there are no training tasks: the task file or world is empty")
         self._tasks = list(tasks)
+        self._by_id = {task.id: task for task in self._tasks}
         self._seed = seed
         self._cursor = 0
         self._epoch = -1
@@ -40,6 +43,12 @@ class Uniform:
 
     def sample(self, n: int) -> list[Task]:
         return [self._next() for _ in range(n)]
+
+    def task(self, task_id: str) -> Task:
+        """The task of that id. Raises ValueError when there is none."""
+        if task_id not in self._by_id:
+            raise ValueError(f"task {task_id!r} is not among the {len(self._tasks)} training tasks: were they changed since?")
+        return self._by_id[task_id]
 
     def update(self, results: Mapping[str, float]) -> None:
         """Uniform drawing does not depend on results."""

@@ -1,7 +1,8 @@
 """Records as plain values (for JSON lines and msgpack), and back without loss.
 
 Invariants: `from_plain(type(r), to_plain(r)) == r` for every record `r`; nothing is evaluated or unpickled; a field that
-does not fit is named by its path; a schema this version does not know is refused by number.
+does not fit is named by its path; a field that an older writer of the same schema did not know takes its default; a
+schema is read as it is, brought up to date by `MIGRATIONS`, or refused by number.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import types as pytypes
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from functools import cache
 from typing import Any, TypeVar
@@ -19,6 +20,9 @@ import numpy as np
 from agents.types import SCHEMA, Identity, RecordError
 
 R = TypeVar("R")
+
+MIGRATIONS: dict[int, Callable[[str, Any], Any]] = {}
+"""By schema: (name of the record, its plain values under that schema) -> its plain values under a later schema."""
 
 
 def to_plain(value: Any) -> Any:
@@ -40,7 +44,19 @@ def to_plain(value: Any) -> Any:
 
 def from_plain(cls: type[R], plain: Any) -> R:
     """Inverse of `to_plain`. Raises RecordError that names the field which does not fit, or an unknown schema."""
+    while (schema := _schema_of(plain)) in MIGRATIONS:
+        plain = MIGRATIONS[schema](cls.__name__, plain)
     return typing.cast(R, _build(cls, plain, cls.__name__))
+
+
+def _schema_of(plain: Any) -> Any:
+    """The schema a record names: its own identity's, or that of its first member."""
+    try:
+        while "identity" not in plain:
+            plain = plain.get("trajectory") or plain["members"][0]
+        return int(plain["identity"]["schema"])
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return SCHEMA  # no such record, or one that does not fit: the builder says where
 
 
 def _build(hint: Any, plain: Any, where: str) -> Any:

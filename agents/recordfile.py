@@ -1,14 +1,17 @@
-"""Records in files: one per line as JSON (`.jsonl`, `.jsonl.gz`), or length-prefixed msgpack (`.msgpack`).
+"""Records in files: one per line as JSON (`.jsonl`, `.jsonl.gz`), or length-prefixed msgpack (`.msgpack`, `.msgpack.z`).
 
-A msgpack file is a sequence of frames: 4 bytes big-endian length, then that many bytes of one msgpack value.
+A msgpack file is a sequence of frames: 4 bytes big-endian length, then that many bytes of one msgpack value, which
+`.msgpack.z` compresses (zlib), each by itself. Frames are found and read singly, without reading what lies before.
 
-Invariants: every record is flushed whole before `write` returns; a record that a crashed writer left half-written at
-the end is skipped with a warning value (and cut off before anything is appended); damage anywhere else is a
-RecordError that names file and line (frame number for msgpack). Nothing is evaluated or unpickled.
+Invariants: every record is flushed whole before `write` returns, and one that could not be written whole (a full disk)
+is taken back; a record that a killed writer left half-written at the end is skipped with a warning value (and cut off
+before anything is appended); damage anywhere else is a RecordError that names file and line (frame number for
+msgpack). Nothing is evaluated or unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -18,15 +21,19 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from agents.plain import from_plain, to_plain
 from agents.types import RecordError
 
 R = TypeVar("R")
 
+_FORMS = {".jsonl": "jsonl", ".jsonl.gz": "gz", ".msgpack": "msgpack", ".msgpack.z": "z"}
+_FRAMED = ("msgpack", "z")
 _LENGTH = struct.Struct(">I")
 _MAX_FRAME = 1 << 30
+_HEAD = 1024
+"""Bytes of a frame that hold its first field, compressed or not."""
 
 
 class RecordWriter:
@@ -37,26 +44,42 @@ class RecordWriter:
         self._form = _form_of(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _mend_tail(self.path, self._form)
-        raw = open(self.path, "ab")  # noqa: SIM115 - closed by close()
-        self._file: BinaryIO = cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="ab")) if self._form == "gz" else raw
-        self._raw = raw
+        # Unbuffered: what a failed write left in a buffer would come out later, in the middle of the file.
+        self._raw = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._gzip = gzip.GzipFile(fileobj=self._raw, mode="ab", compresslevel=6) if self._form == "gz" else None
 
     def write(self, record: Any) -> None:
-        """Append one record, whole, and flush it."""
+        """Append one record, whole; when that fails, nothing of it stays (of a gzip stream, the end may be torn)."""
         plain = to_plain(record)
-        if self._form == "msgpack":
+        if self._form in _FRAMED:
             import msgpack
 
             payload = msgpack.packb(plain, use_bin_type=True)
-            self._file.write(_LENGTH.pack(len(payload)) + payload)
+            if self._form == "z":
+                payload = zlib.compress(payload, 1)  # the logprobs are noise; higher levels take longer for 5 % less
+            data = _LENGTH.pack(len(payload)) + payload
         else:
-            self._file.write(json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n")
-        self._file.flush()
-        self._raw.flush()
+            data = json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
+        if self._gzip is not None:
+            self._gzip.write(data)
+            self._gzip.flush()
+            return
+        start = self._raw.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._raw.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._raw.truncate(start)
+            raise
 
     def close(self) -> None:
-        self._file.close()
-        self._raw.close()
+        try:
+            if self._gzip is not None:
+                self._gzip.close()
+        finally:
+            self._raw.close()
 
     def __enter__(self) -> RecordWriter:
         return self
@@ -83,13 +106,13 @@ class RecordReader(Generic[R]):
 
     def __iter__(self) -> Iterator[R]:
         self.warning = ""
-        frames = _frames(self.path) if self._form == "msgpack" else _lines(self.path, self._form)
-        for number, payload, whole in frames:
+        framed = self._form in _FRAMED
+        for number, payload, whole in _frames(self.path) if framed else _lines(self.path, self._form):
             where = f"{self.path}:{number}"
             try:
-                if not whole and self._form == "msgpack":
+                if not whole and framed:
                     raise ValueError("torn")
-                plain = self._decode(payload)
+                plain = _decode(payload, self._form)
             except Exception as error:
                 if not whole:
                     self.warning = f"{where}: the last record is incomplete (its writer was stopped); it is left out"
@@ -100,12 +123,38 @@ class RecordReader(Generic[R]):
             except RecordError as error:
                 raise RecordError(f"{where}: {error}") from None
 
-    def _decode(self, payload: bytes) -> Any:
-        if self._form == "msgpack":
-            import msgpack
 
-            return msgpack.unpackb(payload, raw=False, strict_map_key=False)
-        return json.loads(payload.decode("utf-8"))
+class Frame(NamedTuple):
+    """Where a record lies in a msgpack file."""
+
+    path: Path
+    number: int
+    """Of the frame in its file, from 1."""
+    offset: int
+    """Of its first byte behind the length."""
+    length: int
+
+    def read(self, cls: type[R]) -> R:
+        """The record. Raises RecordError with file and frame number when it is damaged or does not fit."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            payload = file.read(self.length)
+        try:
+            plain = _decode(payload, _form_of(self.path))
+        except Exception as error:
+            raise RecordError(f"{self.path}:{self.number}: damaged record: {_first_line(error)}") from None
+        try:
+            return from_plain(cls, plain)
+        except RecordError as error:
+            raise RecordError(f"{self.path}:{self.number}: {error}") from None
+
+
+def index(path: str | Path) -> Iterator[tuple[Frame, Any]]:
+    """Every whole frame of a msgpack file of mappings, and the value of its first field; the rest is not read."""
+    path = Path(path)
+    form = _form_of(path)
+    for frame, head in _headed(path, _HEAD):
+        yield frame, _first_value(frame, head, form)
 
 
 def read_records(path: str | Path, cls: type[R]) -> list[R]:
@@ -123,10 +172,30 @@ def write_records(path: str | Path, records: Iterator[Any] | list[Any]) -> int:
 
 
 def _form_of(path: Path) -> str:
-    for suffix, form in ((".jsonl", "jsonl"), (".jsonl.gz", "gz"), (".msgpack", "msgpack")):
+    for suffix, form in _FORMS.items():
         if path.name.endswith(suffix):
             return form
-    raise RecordError(f"record file {path}: unknown kind; name it .jsonl, .jsonl.gz or .msgpack")
+    raise RecordError(f"record file {path}: unknown kind; name it {', '.join(_FORMS)}")
+
+
+def _decode(payload: bytes, form: str) -> Any:
+    if form not in _FRAMED:
+        return json.loads(payload.decode("utf-8"))
+    import msgpack
+
+    return msgpack.unpackb(zlib.decompress(payload) if form == "z" else payload, raw=False, strict_map_key=False)
+
+
+def _first_value(frame: Frame, head: bytes, form: str) -> Any:
+    import msgpack
+
+    with contextlib.suppress(Exception):  # the head is too short or damaged: reading it all says which
+        unpacker = msgpack.Unpacker(raw=False)
+        unpacker.feed(zlib.decompressobj().decompress(head) if form == "z" else head)
+        unpacker.read_map_header()
+        unpacker.skip()
+        return unpacker.unpack()
+    return next(iter(frame.read(dict).values()))
 
 
 def _lines(path: Path, form: str) -> Iterator[tuple[int, bytes, bool]]:
@@ -155,18 +224,27 @@ def _lines(path: Path, form: str) -> Iterator[tuple[int, bytes, bool]]:
 
 def _frames(path: Path) -> Iterator[tuple[int, bytes, bool]]:
     """(frame number, bytes, whether the frame is whole)."""
+    for frame, payload in _headed(path, _MAX_FRAME, torn=True):
+        yield frame.number, payload, len(payload) == frame.length
+
+
+def _headed(path: Path, limit: int, torn: bool = False) -> Iterator[tuple[Frame, bytes]]:
+    """Frames with at most `limit` of their first bytes; with `torn`, also the one that a crash left at the end."""
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        number = 0
+        number = offset = 0
         while head := file.read(_LENGTH.size):
-            number += 1
-            if len(head) < _LENGTH.size:
-                yield number, head, False
-                return
-            (length,) = _LENGTH.unpack(head)
+            number, offset = number + 1, offset + _LENGTH.size
+            length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else -1
             if length > _MAX_FRAME:
                 raise RecordError(f"{path}:{number}: damaged record: it claims to be {length} bytes long")
-            payload = file.read(length)
-            yield number, payload, len(payload) == length
+            whole = 0 <= length <= size - offset
+            if whole or torn:
+                yield Frame(path, number, offset, length), file.read(min(length, limit)) if length >= 0 else head
+            if not whole:
+                return
+            offset += length
+            file.seek(offset)
 
 
 def _mend_tail(path: Path, form: str) -> None:
@@ -187,8 +265,8 @@ def _mend_tail(path: Path, form: str) -> None:
             else:
                 file.write(b"\n")  # a whole record whose line end is missing
         return
-    if form == "msgpack":
-        end = sum(_LENGTH.size + len(payload) for _, payload, whole in _frames(path) if whole)
+    if form in _FRAMED:
+        end = max((frame.offset + frame.length for frame, _ in _headed(path, 0)), default=0)
         if end < path.stat().st_size:
             os.truncate(path, end)
         return

@@ -1,7 +1,8 @@
 """The actors of a run: placed, watched, replaced, and ended together.
 
-Retrieval and reward hold no state and restart by themselves (Ray `max_restarts`); the fleet replaces samplers; a
-rollout worker that dies is replaced here, after its leases were given back. Whoever is still alive at the end is ended.
+Retrieval, reward, buffer and fleet are restarted by Ray (`max_restarts`): the first two hold no state, the buffer comes back
+from its journal, the fleet from what was published last. The fleet replaces samplers; a rollout worker that dies is
+replaced here, after its leases were given back. Whoever is still alive at the end is ended.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from agents.curriculum import Curriculum
 from agents.types import BackendInfo, Group, Task, Version
-from cluster.buffer import Buffer
-from cluster.errors import UserError, one_line
+from cluster.buffer import Buffer, BufferSetup
+from cluster.errors import UserError
 from cluster.fleet import Fleet
 from cluster.rollout import Play, RolloutWorker
 from cluster.runtime import actor
@@ -26,39 +28,43 @@ from cluster.schema import RunConfig
 from cluster.services import Retrieval, RewardServer
 from cluster.speech import make_speech
 from cluster.vllm.engine import EngineConfig
+from cluster.watchdog import Poll, Tally, Watchdog
+
+LASTING = {"max_restarts": -1, "max_task_retries": -1}
+"""Ray starts the actor again as often as it dies, and calls under way are made again."""
 
 
 class Actors:
     """Everything that runs beside the driver and the learner."""
 
-    def __init__(self, config: RunConfig, play: Play, engine: EngineConfig, corpus_dir: str) -> None:
+    def __init__(self, config: RunConfig, play: Play, engine: EngineConfig, corpus_dir: str, segments: str = "") -> None:
         self._config = config
         self._play = play
         self._names = itertools.count()
         self._workers: dict[str, Any] = {}
-        self._pulses: dict[str, Any] = {}
-        self._replaced = 0
+        self._replaced = Tally(config.rollout.max_restarts)
+        self.watchdog = Watchdog(config.watch)
         self.buffer: Any = None
-        stateless = {"max_restarts": -1, "max_task_retries": 3}
-        self.retrieval = actor(Retrieval, **stateless).remote(config.retrieval, config.service, corpus_dir)
-        self.reward = actor(RewardServer, **stateless).remote(config.reward, config.judge)
-        self.fleet = actor(Fleet).remote(config.fleet, engine)
+        self.retrieval = actor(Retrieval, **LASTING).remote(config.retrieval, config.service, corpus_dir)
+        self.reward = actor(RewardServer, **LASTING).remote(config.reward, config.judge)
+        state = str(Path(segments) / "published.json") if segments else ""
+        self.fleet = actor(Fleet, **LASTING).remote(config.fleet, engine, state)
         self.engine_pids: dict[str, list[int]] = ray.get(self.fleet.start.remote())
         self.info: BackendInfo = ray.get(self.retrieval.ready.remote())[1]
         ray.get(self.reward.ready.remote())
-        for _ in range(config.rollout.workers):
-            self._new_worker()
-        ray.get(list(self._pulses.values()))
+        ray.get([self._new_worker().ready.remote() for _ in range(config.rollout.workers)])
+        self._events = Poll(self.fleet.events.remote)
+        self.load = Poll(self.fleet.load.remote)
+        """How busy the engines were since the last answer."""
+        for name, handle in (("retrieval", self.retrieval), ("reward", self.reward), ("fleet", self.fleet)):
+            self.watchdog.watch(name, handle)
 
-    def open_buffer(self, curriculum: Curriculum) -> None:
+    def open_buffer(self, setup: BufferSetup, curriculum: Curriculum) -> None:
         """The ledger, and with it the rollouts, which start as soon as there is room."""
-        train = self._config.train
-        self.buffer = actor(Buffer).remote(
-            self._config.buffer, self._config.advantage, curriculum, steps=train.steps, max_minutes=train.max_minutes
-        )
-        ray.get(self.buffer.counts.remote())
-        for name in self._workers:
-            self._start(name)
+        self.buffer = open_buffer(setup, curriculum)
+        self.watchdog.watch("buffer", self.buffer)
+        for worker in self._workers.values():
+            worker.run.remote(self.buffer)
 
     def evaluate(self, tasks: list[Task], label: str) -> Plays:
         """Starts playing held-out tasks on all workers."""
@@ -74,30 +80,13 @@ class Actors:
         return len(self._workers)
 
     def tend(self) -> list[str]:
-        """Replaces rollout workers that died. Returns lines for the log. Raises UserError when they die too often."""
-        lines = list(ray.get(self.fleet.events.remote()))
-        for name, pulse in list(self._pulses.items()):
-            if not ray.wait([pulse], timeout=0)[0]:
-                continue
-            try:
-                ray.get(pulse)
-                self._pulses[name] = self._workers[name].ready.remote()
-            except ray.exceptions.RayError as error:
-                lines.append(self._replace(name, one_line(error)))
-        return lines
+        """Looks after everybody; returns lines for the log. Raises UserError when somebody dies too often."""
+        return [*self.watchdog.look(), *(self._events.take() or ())]
 
-    def _replace(self, name: str, reason: str) -> str:
-        self._workers.pop(name)
-        self._pulses.pop(name)
-        self._replaced += 1
-        if self._replaced > self._config.rollout.max_restarts:
-            raise UserError(f"rollout workers died {self._replaced} times, the last with: {reason}")
-        lost = ray.get(self.buffer.worker_lost.remote(name)) if self.buffer is not None else 0
-        ray.get(self.fleet.worker_lost.remote(name))
-        fresh = self._new_worker()
-        if self.buffer is not None:
-            self._start(fresh)
-        return f"{name} died with {lost} leases, which are leased again; {fresh} took its place"
+    def fence(self, incarnation: int) -> None:
+        """A learner has begun: what is rolled out for earlier ones ends."""
+        for worker in self._workers.values():
+            worker.fence.remote(incarnation)
 
     def close(self) -> None:
         """Ends every actor; engines first, so that their processes end in order."""
@@ -110,15 +99,30 @@ class Actors:
                 with contextlib.suppress(Exception):
                     ray.kill(handle)
 
-    def _new_worker(self) -> str:
+    def _new_worker(self) -> Any:
         name = f"rollout-{next(self._names)}"
         made = actor(RolloutWorker).remote(name, self._play, self.fleet, self.retrieval, self.info, self.reward)
         self._workers[name] = made
-        self._pulses[name] = made.ready.remote()
-        return name
+        self.watchdog.watch(name, made, functools.partial(self._replace, name))
+        return made
 
-    def _start(self, name: str) -> None:
-        self._workers[name].run.remote(self.buffer)
+    def _replace(self, name: str, reason: str) -> str:
+        self._workers.pop(name)
+        if self._replaced.exceeded():
+            raise UserError(f"rollout workers died {self._replaced.count} times within an hour, the last with: {reason}")
+        self.fleet.worker_lost.remote(name)
+        fresh = self._new_worker()
+        if self.buffer is not None:
+            self.buffer.worker_lost.remote(name)  # its leases are leased again
+            fresh.run.remote(self.buffer)
+        return f"{name} died, and another took its place: {reason}"
+
+
+def open_buffer(setup: BufferSetup, curriculum: Curriculum) -> Any:
+    """The buffer's actor. Raises what it finds wrong with its journal."""
+    made = actor(Buffer, **LASTING).remote(setup, curriculum)
+    ray.get(made.counts.remote())
+    return made
 
 
 class Plays:
@@ -146,12 +150,12 @@ class Plays:
 
 
 @contextlib.contextmanager
-def placed(config: RunConfig, model: str, index_dir: str) -> Iterator[tuple[Actors, Any]]:
+def placed(config: RunConfig, model: str, index_dir: str, segments: str = "") -> Iterator[tuple[Actors, Any]]:
     """Actors for `config` around the policy in folder `model`; ended with the block. Yields them and the speech factory."""
     speech = functools.partial(make_speech, model, config.protocol)
     play = Play(config.name, speech, config.sampling, config.sandbox, config.rollout)
     engine = dataclasses.replace(config.engine, model=model, version=Version(0, 0).label, seed=config.seed)
-    actors = Actors(config, play, engine, index_dir)
+    actors = Actors(config, play, engine, index_dir, segments)
     try:
         yield actors, speech
     finally:

@@ -1,10 +1,13 @@
 """The buffer: who may roll out what, which groups wait for the learner, and what goes into a batch.
 
 One of these runs as an actor; it is the only owner of the ledger and of the task order. Invariants:
-- Every admitted lease ends exactly once: as a group that is ready, or as a drop with a reason. A result for a lease
-  that is not running (its worker was declared dead, or it came twice) is refused.
-- A batch holds no token sampled by weights more than `max_staleness` optimiser batches old (checked when it ships).
-- The task of a lease that a lost worker held is leased again, before any new task.
+- Every admitted lease ends exactly once: as a group that is trained, or as a drop with a reason. A result for a lease
+  that is not running (its worker or its learner's incarnation is dead, or it came twice) is refused.
+- A batch holds no token sampled by weights more than `max_staleness` optimiser batches old (checked when it ships),
+  nor by weights that the current ones do not descend from.
+- Every move of the ledger is in the journal before it is made: a buffer whose process died comes back with exact
+  books; the groups it held are dropped as `buffer_lost` and their tasks leased again.
+- A learner that (re)starts takes ledger and task order back with it; calls of an earlier incarnation raise `Fenced`.
 - All waits are bounded: a call returns None when nothing came in time, and the caller asks again.
 """
 
@@ -14,16 +17,18 @@ import asyncio
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agents.advantages import AdvantageConfig, GroupStats, summarise, to_samples
+from agents.advantages import AdvantageConfig
 from agents.curriculum import Curriculum
-from agents.sharding import shard
-from agents.types import Group, Sample, StopReason, Task
+from agents.recordfile import RecordReader, RecordWriter
+from agents.types import Group, Task
+from cluster.batch import Batch, make_batch
 from cluster.ledger import Counts, Ledger
 
 
@@ -52,6 +57,26 @@ class BufferConfig:
 
 
 @dataclass(frozen=True)
+class BufferSetup:
+    """What a buffer is made from, in one value that crosses processes."""
+
+    buffer: BufferConfig
+    advantage: AdvantageConfig
+    steps: int
+    """Optimiser batches of the run."""
+    ends_at: float = float("inf")
+    """Unix time after which no further batch ships."""
+    max_learner_failures: int = 5
+    """Learners that may begin one after the other without an optimiser step between them."""
+    journal: str = ""
+    """File of the ledger's moves; empty: none is kept (tests)."""
+    record: str = ""
+    """Folder that keeps every delivered group; empty: none."""
+    about: Mapping[str, Any] | None = None
+    """What the recorded groups say of themselves: run, protocol, fingerprints."""
+
+
+@dataclass(frozen=True)
 class Lease:
     """Permission to roll one task out `episodes` times."""
 
@@ -59,91 +84,108 @@ class Lease:
     task: Task
     episodes: int
     worker: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the learner trains on next."""
-
-    step: int
-    """Optimiser batches trained before this one."""
-    shards: tuple[tuple[Sample, ...], ...]
-    """Per learner rank."""
-    last: bool
-    """True when training ends after this batch."""
-    stats: dict[str, float] = field(default_factory=dict)
+    incarnation: int = 0
+    began: float = 0.0
+    """Unix seconds."""
 
 
 class OutOfOrder(RuntimeError):
     """The run cannot go on; the message is one line that says why."""
 
 
+class Fenced(RuntimeError):
+    """A call of a learner that another one has replaced, or that must begin again."""
+
+
 class Buffer:
     """See the module. Methods are coroutines where they wait; wrap with `ray.remote` to host it."""
 
-    def __init__(
-        self,
-        config: BufferConfig,
-        advantage: AdvantageConfig,
-        curriculum: Curriculum,
-        *,
-        steps: int,
-        max_minutes: float = 0.0,
-        state: dict[str, Any] | None = None,
-    ) -> None:
-        self._config = config
-        self._advantage = advantage
+    def __init__(self, setup: BufferSetup, curriculum: Curriculum) -> None:
+        config = setup.buffer
+        self._setup, self._config = setup, config
         self._curriculum = curriculum
-        episodes = config.groups_per_batch * config.group_size
-        self._ledger = Ledger(episodes, config.max_staleness)
-        if state is not None:
-            self._ledger = Ledger.restored(episodes, config.max_staleness, state["ledger"])
-            curriculum.restore(state["curriculum"])
-        self._step = self._ledger.version
-        self._steps = steps
-        self._ends_at = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
-        self._serial = itertools.count(self._ledger.admitted)
         self._leases: dict[str, Lease] = {}
+        """Every lease that may still be trained, or be taken back by a restore."""
         self._groups: dict[str, tuple[Group, ...]] = {}
         self._again: deque[Task] = deque()
+        self._spare: Counter[str] = Counter()
+        """Tasks the curriculum will draw once more though their groups are at hand: to be passed over."""
         self._retries: Counter[str] = Counter()
         self._batch: Batch | None = None
         self._rows: list[dict[str, Any]] = []
         self._closed = False
         self._gone: set[str] = set()
         self._failed_in_a_row = 0
+        self._learners_in_a_row = 0
         self._fatal = ""
-        self._incarnation = -1
-        self._held = False
+        self._waited_s = 0.0
+        self._saved_step = 0
+        """Step of the last checkpoint."""
+        self._since = time.time()
+        """When what the run waits for last changed."""
         self._changed = asyncio.Condition()
+        self._recorder: Any = None
+        if setup.record:
+            from cluster.record import Recorder
+
+            self._recorder = Recorder(Path(setup.record), setup.about or {})
+        episodes = config.groups_per_batch * config.group_size
+        self._initial = self._order()
+        self._journal: RecordWriter | None = None
+        self._reborn = False
+        if not setup.journal:
+            self._ledger = Ledger(episodes, config.max_staleness)
+            self._serial = itertools.count()
+            return
+        self._journal = RecordWriter(setup.journal)  # mends what a killed writer left half-written
+        moves = [dict(move) for move in RecordReader[Any](setup.journal)]
+        books = [m for m in moves if m["op"] != "order"]
+        self._ledger = Ledger.replayed(episodes, config.max_staleness, books, self._write)
+        self._serial = itertools.count(sum(m["op"] == "admit" for m in moves))
+        if moves:
+            self._come_back(moves)
 
     # -------------------------------------------------------------------------------------------- rollout side
 
     async def lease(self, worker: str, timeout_s: float = 5.0) -> Lease | None:
         """The next task for `worker`, or None when no episode may start within the time."""
-        deadline = time.monotonic() + timeout_s
+        began = time.monotonic()
+        deadline = began + timeout_s
         async with self._changed:
-            while self._closed or self._held or self._ledger.capacity <= 0:
-                left = deadline - time.monotonic()
-                if self._closed or worker in self._gone or left <= 0 or not await self._wait(left):
+            try:
+                while self._closed or self._ledger.held or self._ledger.capacity <= 0:
+                    left = deadline - time.monotonic()
+                    if self._closed or worker in self._gone or left <= 0 or not await self._wait(left):
+                        return None
+                if worker in self._gone:  # a call of a worker that died since: its lease would never end
                     return None
-            if worker in self._gone:  # a call of a worker that died since: its lease would never end
-                return None
-            task = self._again.popleft() if self._again else self._curriculum.sample(1)[0]
-            lease = Lease(f"{task.id}/{next(self._serial)}", task, self._config.group_size, worker)
-            self._ledger.admit(lease.id, lease.episodes)
+            finally:
+                self._waited_s += time.monotonic() - began
+            task = self._next_task()
+            lease = Lease(
+                f"{task.id}/{next(self._serial)}", task, self._config.group_size, worker, self._ledger.incarnation, time.time()
+            )  # fmt: skip
+            self._ledger.admit(lease.id, lease.episodes, task.id)
             self._leases[lease.id] = lease
             return lease
 
     async def put(self, lease_id: str, groups: Sequence[Group]) -> bool:
         """Stores a lease's scored groups. False: refused, because the lease is not running."""
+        if self._recorder is not None and self._ledger.is_running(lease_id):
+            try:
+                for group in groups:
+                    await asyncio.to_thread(self._recorder.write, group)
+            except OSError as error:
+                self._fatal = self._fatal or f"groups cannot be recorded in {self._setup.record}: {error.strerror}; free some space and go on with resume="  # fmt: skip
         async with self._changed:
             if not self._ledger.is_running(lease_id):
                 return False
-            lease = self._leases.pop(lease_id)
-            if all(t.verdict is not None and t.verdict.masked for g in groups for t in g.trajectories):
-                self._ledger.fail(lease_id, _cause(groups))
-                self._lease_again(lease.task)
+            lease = self._leases[lease_id]
+            self._tell_spans(lease, groups)
+            if not all(self._descends(group) for group in groups):
+                self._drop_running(lease_id, "lineage")
+            elif all(t.verdict is not None and t.verdict.masked for g in groups for t in g.trajectories):
+                self._drop_running(lease_id, _cause(groups))
                 self._note_failure(_cause(groups))
             else:
                 self._failed_in_a_row = 0
@@ -155,9 +197,9 @@ class Buffer:
     async def fail(self, lease_id: str, reason: str) -> bool:
         """A rollout that infrastructure lost: dropped with its reason, its task leased again."""
         async with self._changed:
-            if not self._ledger.fail(lease_id, reason):
+            if not self._ledger.is_running(lease_id):
                 return False
-            self._lease_again(self._leases.pop(lease_id).task)
+            self._drop_running(lease_id, reason)
             self._note_failure(reason)
             self._changed.notify_all()
             return True
@@ -165,80 +207,148 @@ class Buffer:
     async def worker_lost(self, worker: str) -> int:
         """Fails every lease of a dead worker, and gives it no more. Returns how many."""
         self._gone.add(worker)
-        lost = [lease.id for lease in self._leases.values() if lease.worker == worker]
+        lost = [i for i in self._ledger.running_leases() if i in self._leases and self._leases[i].worker == worker]
         for lease_id in lost:
             await self.fail(lease_id, "worker_lost")
+        if lost:
+            self._say(f"{worker} died with {len(lost)} leases, which are leased again")
         return len(lost)
 
     # -------------------------------------------------------------------------------------------- learner side
 
-    async def enter(self, state: dict[str, Any] | None) -> int:
-        """A learner begins, from a checkpoint's `state` or from the start; returns its incarnation.
+    async def enter(self, saved: Mapping[str, Any] | None) -> int:
+        """A learner begins, from a checkpoint's `saved` state or from the start; returns its incarnation.
 
-        A later incarnation takes the ledger back with it: no lease may start before its weights are published, and
-        results of earlier leases are refused.
+        The books and the order of tasks go back with it. Groups at hand that its weights may still train return to
+        ready; no lease may start before its weights are published; results of earlier leases are refused.
         """
         async with self._changed:
-            self._incarnation += 1
-            if self._incarnation:
-                ledger = state["ledger"] if state else {"version": 0, "trained": 0}
-                self._ledger.rewind(int(ledger["version"]), int(ledger["trained"]))
-                for lease in self._leases.values():
-                    self._lease_again(lease.task)
-                self._leases.clear()
-                self._groups.clear()
-                self._batch = None
-                self._step = self._ledger.version
-                self._held = True
-            return self._incarnation
+            ledger = saved["ledger"] if saved else {"version": 0, "trained": 0}
+            step, trained = int(ledger["version"]), int(ledger["trained"])
+            if saved and (step > self._ledger.step or trained > self._ledger.trained):
+                self._ledger.restore(ledger)  # the journal is gone, or of another run
+            before = self._ledger.step
+            at_hand = [*self._ledger.recent_leases(), *self._ledger.batch_leases(), *self._ledger.ready_leases()]
+            keep = [i for i in at_hand if i in self._groups and self._may_train(self._groups[i], step)]
+            self._ledger.enter(step, trained, keep)
+            self._groups = {i: self._groups[i] for i in keep}
+            self._leases = {i: self._leases[i] for i in keep}
+            self._set_order(saved if saved else self._initial, [lease.task.id for lease in self._leases.values()])
+            self._batch = None
+            self._reborn = False
+            self._saved_step = step
+            self._since = time.time()
+            number = self._ledger.incarnation
+            if number:
+                self._rows.append({"kind": "fence", "step": step, "time": time.time(), "incarnation": number})
+                self._say(
+                    f"learner {number} begins at step {step} (the one before was at {before}); "
+                    f"{len(keep)} groups return to ready, the rest since is dropped as lineage"
+                )
+            self._learners_in_a_row += 1
+            if self._learners_in_a_row > self._setup.max_learner_failures:
+                self._fatal = self._fatal or (
+                    f"{self._learners_in_a_row - 1} learners ended one after the other without an optimiser step; "
+                    "their errors stand in the logs/ folder of the run"
+                )
+            self._changed.notify_all()
+            return number
 
-    async def next_batch(self, step: int, world_size: int = 1, timeout_s: float = 5.0) -> Batch | None:
+    async def next_batch(
+        self, incarnation: int, step: int, world_size: int = 1, timeout_s: float = 5.0
+    ) -> Batch | None:
         """The batch for optimiser step `step`, the same for every rank that asks; None when it is not full in time."""
         deadline = time.monotonic() + timeout_s
         async with self._changed:
             while self._batch is None or self._batch.step != step:
-                if step != self._step:
-                    raise ValueError(f"the learner asks for batch {step}, the ledger is at batch {self._step}")
+                self._fence(incarnation)
+                if step != self._ledger.step:
+                    raise ValueError(f"the learner asks for batch {step}, the ledger is at batch {self._ledger.step}")
+                if self._reborn and self._ledger.in_batch:
+                    if world_size > 1:  # another rank may hold the batch that was lost here
+                        raise Fenced(f"batch {step} was lost with the buffer while it was handed out")
+                    self._ledger.lose("buffer_lost", ["in_batch"])
                 self._drop_stale()
                 ready = self._ledger.ready_leases()
                 if len(ready) >= self._config.groups_per_batch:
                     self._batch = self._ship(ready[: self._config.groups_per_batch], world_size)
+                    self._since = time.time()
                     break
                 left = deadline - time.monotonic()
                 if left <= 0 or not await self._wait(left):
                     return None
+            self._fence(incarnation)
             return self._batch
 
-    async def settle(self, step: int, row: dict[str, Any]) -> None:
+    async def settle(self, incarnation: int, step: int, row: dict[str, Any]) -> None:
         """The optimiser step `step` is done. `row` goes to the run's log, with the ledger's counts."""
         async with self._changed:
-            if step != self._step:
-                raise ValueError(f"batch {step} was settled while the ledger is at batch {self._step}")
-            self._ledger.settle()
-            self._step = step + 1
+            self._fence(incarnation)
+            if step == self._ledger.step - 1:
+                return  # asked again because the answer was lost
+            if step != self._ledger.step:
+                raise ValueError(f"batch {step} was settled while the ledger is at batch {self._ledger.step}")
+            now = time.time()
             stats = self._batch.stats if self._batch is not None else {}
-            self._batch = None
-            self._rows.append(
-                {"kind": "train", "step": self._step, "time": time.time(), **stats, **row, **self._ledger_row()}
-            )
+            whole = {"kind": "train", "step": step + 1, "time": now, **stats, "rollout/wait_s": self._waited_s, **row}
+            self._waited_s = 0.0
+            leases = self._ledger.batch_leases()
+            self._ledger.settle(row=whole)
+            if step - self._saved_step > self._config.max_staleness:
+                for lease_id in leases:  # no restore could use them any more
+                    self._groups.pop(lease_id, None)
+                    self._leases.pop(lease_id, None)
+            self._write({"op": "order", **self._order()})
+            self._batch, self._reborn, self._learners_in_a_row = None, False, 0
+            self._since = now
+            self._rows.append({**whole, **self._ledger_row()})
+            train_s, wait_s = float(row.get("time/train_s", 0.0)), float(row.get("time/wait_s", 0.0))
+            parts = {k: row[f"time/{k}_s"] for k in ("pack", "forward", "backward", "optimiser") if f"time/{k}_s" in row}
+            self._span("learner", "wait", now - train_s - wait_s, now - train_s)
+            self._span("learner", "train", now - train_s, now, seconds=parts)
             self._changed.notify_all()
 
-    async def published(self, version: int, row: dict[str, Any]) -> None:
+    async def published(self, incarnation: int, version: int, row: dict[str, Any]) -> None:
         """The samplers hold the weights after `version` optimiser batches: admission goes on from here."""
         async with self._changed:
+            self._fence(incarnation)
             self._ledger.publish(version)
-            self._held = False
-            self._rows.append({"kind": "publish", "step": version, "time": time.time(), **row})
+            now = self._since = time.time()
+            self._rows.append({"kind": "publish", "step": version, "time": now, **row})
+            pause = {"pause": row.get("publish/pause_ms", 0.0) / 1000}
+            self._span("fleet", "publish", now - row.get("publish/seconds", 0.0), now, seconds=pause)
+            self._span("learner", "publish", now - row.get("time/publish_s", 0.0), now)
             self._changed.notify_all()
 
-    # ------------------------------------------------------------------------------------------------- others
+    async def checkpointed(self, incarnation: int, step: int, seconds: float = 0.0) -> None:
+        """A checkpoint of step `step` is on disk: what was trained before it will not be taken back."""
+        async with self._changed:
+            self._fence(incarnation)
+            self._ledger.checkpointed(step)
+            self._saved_step = step
+            held = {*self._ledger.running_leases(), *self._ledger.ready_leases(), *self._ledger.batch_leases()}
+            held.update(self._ledger.recent_leases())
+            self._groups = {i: g for i, g in self._groups.items() if i in held}
+            self._leases = {i: lease for i, lease in self._leases.items() if i in held}
+            self._span("learner", "checkpoint", time.time() - seconds, time.time())
+
+    async def state(self) -> dict[str, Any]:
+        """Plain values that go into a checkpoint together with the learner's."""
+        return {"ledger": self._ledger.state(), **self._order()}
+
+    async def stop(self, reason: str) -> None:
+        """The run must end; `reason` is one line for the user."""
+        self._fatal = self._fatal or reason
+        await self.close()
+
+    # ------------------------------------------------------------------------------------------------- driver
 
     async def counts(self) -> Counts:
         """The books. Raises LedgerError if they do not balance."""
         return self._ledger.counts()
 
     async def rows(self) -> list[dict[str, Any]]:
-        """Log rows since the last call. Raises OutOfOrder when leases fail one after the other."""
+        """Log rows since the last call. Raises OutOfOrder when the run cannot go on."""
         if self._fatal:
             raise OutOfOrder(self._fatal)
         rows, self._rows = self._rows, []
@@ -246,19 +356,35 @@ class Buffer:
 
     async def event(self, message: str) -> None:
         """Adds a line for people to the run's log."""
-        self._rows.append({"kind": "event", "step": self._step, "time": time.time(), "message": message})
+        self._say(message)
 
-    async def state(self) -> dict[str, Any]:
-        """Plain values that go into a checkpoint together with the learner's."""
-        return {"ledger": self._ledger.state(), "curriculum": self._curriculum.state()}
+    async def pulse(self) -> tuple[str, float]:
+        """What the run waits for here, and since when (unix seconds)."""
+        books, batch = self._ledger, self._config.groups_per_batch
+        if books.held:
+            what = f"learner {books.incarnation} to publish its weights" if books.incarnation >= 0 else "a learner"
+        elif books.in_batch:
+            what = f"the learner to train batch {books.step}"
+        elif books.version < books.step:
+            what = f"the weights of step {books.step} to be published"
+        else:
+            ready, running = len(books.ready_leases()), books.running_leases()
+            what = f"batch {books.step}, which has {ready} of {batch} groups; {len(running)} leases are running"
+            oldest = min((self._leases[i] for i in running if i in self._leases), key=lambda x: x.began, default=None)
+            if oldest is not None:
+                what += f", the oldest ({oldest.id}) at {oldest.worker} for {time.time() - oldest.began:.0f} s"
+        return what, self._since
 
     async def close(self) -> None:
         """No more leases."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._recorder is not None:
+            recorder, self._recorder = self._recorder, None
+            recorder.close()
 
-    # ------------------------------------------------------------------------------------------------- inside
+    # -------------------------------------------------------------------------------------------------- inside
 
     async def _wait(self, seconds: float) -> bool:
         try:
@@ -266,6 +392,71 @@ class Buffer:
         except TimeoutError:
             return False
         return True
+
+    def _write(self, move: dict[str, Any]) -> None:
+        """A move, to the journal. A disk that takes no more ends the run: books that are not kept cannot be trusted."""
+        if self._journal is None:
+            return
+        try:
+            self._journal.write({**move, "time": round(time.time(), 3)})
+        except OSError as error:
+            self._fatal = self._fatal or (
+                f"the journal {self._setup.journal} cannot be written: {error.strerror}; the last checkpoint is whole: "
+                "free some space and go on with resume="
+            )
+            raise
+
+    def _fence(self, incarnation: int) -> None:
+        if incarnation != self._ledger.incarnation:
+            raise Fenced(f"learner {incarnation} was replaced by learner {self._ledger.incarnation}")
+
+    def _come_back(self, moves: Sequence[Mapping[str, Any]]) -> None:
+        """After a death of the process: the books are exact, what it held is gone."""
+        books = self._ledger
+        tasks = {m["lease"]: m["task"] for m in moves if m["op"] == "admit"}
+        lost = len(books.running_leases()) + len(books.ready_leases())
+        books.lose("buffer_lost")
+        last = max((i for i, m in enumerate(moves) if m["op"] == "order"), default=-1)
+        have = [tasks[i] for i in books.batch_leases()]
+        self._set_order(moves[last] if last >= 0 else self._initial, have)
+        self._reborn = True
+        self._since = time.time()
+        self._say(f"the buffer came back from its journal; {lost} leases it held are leased again")
+        row = next((m["row"] for m in reversed(moves) if m["op"] == "settle"), None)
+        if row is not None:  # the driver may not have fetched it
+            self._rows.append({**row, **self._ledger_row(), "again": 1.0})
+
+    def _order(self) -> dict[str, Any]:
+        """Where the order of tasks stands: the curriculum's own state, and tasks that it has drawn and nobody has trained."""
+        books = getattr(self, "_ledger", None)
+        drawn = [*books.running_leases(), *books.ready_leases()] if books is not None else []
+        pending = [self._leases[i].task.id for i in drawn if i in self._leases] + [t.id for t in self._again]
+        return {"curriculum": self._curriculum.state(), "pending": pending, "spare": dict(self._spare)}
+
+    def _set_order(self, saved: Mapping[str, Any], at_hand: Sequence[str]) -> None:
+        """Inverse of `_order`. Groups of the tasks `at_hand` exist already, so these are not drawn again."""
+        self._curriculum.restore(saved["curriculum"])
+        pending, have = Counter(saved["pending"]), Counter(at_hand)
+        self._again = deque(self._curriculum.task(t) for t in (pending - have).elements())
+        self._spare = Counter(saved.get("spare", {})) + (have - pending)
+        self._write({"op": "order", **self._order()})
+
+    def _next_task(self) -> Task:
+        if self._again:
+            return self._again.popleft()
+        while True:
+            task = self._curriculum.sample(1)[0]
+            if not self._spare[task.id]:
+                return task
+            self._spare[task.id] -= 1
+
+    def _drop_running(self, lease_id: str, reason: str) -> None:
+        task = self._leases[lease_id].task
+        self._ledger.fail(lease_id, reason)
+        del self._leases[lease_id]
+        self._retries[task.id] += 1
+        if self._retries[task.id] <= self._config.max_retries or reason in ("worker_lost", "lineage"):
+            self._again.append(task)
 
     def _note_failure(self, reason: str) -> None:
         """Infrastructure that fails every time must end the run, not spin."""
@@ -277,40 +468,37 @@ class Buffer:
                 f" ({last})" if last else ""
             )
 
-    def _lease_again(self, task: Task) -> None:
-        self._retries[task.id] += 1
-        if self._retries[task.id] <= self._config.max_retries:
-            self._again.append(task)
+    def _descends(self, group: Group) -> bool:
+        return all(self._ledger.descends(v.incarnation, v.step) for t in group.trajectories for v in t.versions)
+
+    def _may_train(self, groups: Sequence[Group], step: int) -> bool:
+        """Whether weights of `step` may train these: sampled by their ancestors, and not all over age."""
+        versions = [v for g in groups for t in g.trajectories for v in t.versions]
+        if any(v.step > step or not self._ledger.descends(v.incarnation, v.step) for v in versions):
+            return False
+        return any(step - min(v.step for v in t.versions) <= self._config.max_staleness for g in groups for t in g.trajectories if t.versions)  # fmt: skip
 
     def _drop_stale(self) -> None:
         """A lease leaves only if every member of it is over age; a single over-age member is withheld at shipping."""
         for lease_id in self._ledger.ready_leases():
             sampled = [t.versions for g in self._groups[lease_id] for t in g.trajectories if t.versions]
-            if all(self._step - min(v.step for v in versions) > self._config.max_staleness for versions in sampled):
+            step = self._ledger.step
+            if all(step - min(v.step for v in versions) > self._config.max_staleness for versions in sampled):
                 self._ledger.drop_ready(lease_id, "stale")
                 del self._groups[lease_id]
+                del self._leases[lease_id]
 
     def _ship(self, lease_ids: list[str], world_size: int) -> Batch:
+        step = self._ledger.step
+        groups = [g for lease_id in lease_ids for g in self._groups[lease_id]]
+        last = step + 1 >= self._setup.steps or time.time() >= self._setup.ends_at
+        batch = make_batch(
+            step, groups, self._setup.advantage, max_staleness=self._config.max_staleness, world_size=world_size, last=last
+        )  # fmt: skip
         self._ledger.ship(lease_ids)
-        groups = [g for lease_id in lease_ids for g in self._groups.pop(lease_id)]
-        samples: list[Sample] = []
-        stats: list[GroupStats] = []
-        over_age = 0
-        for group in groups:
-            made, found = to_samples(group, self._advantage)
-            young = [s for s in made if sample_age(s, self._step) <= self._config.max_staleness]
-            over_age += len(made) - len(young)
-            samples.extend(young)
-            stats.append(found)
-        row = {**batch_stats(groups), **summarise(stats), "masked/stale": float(over_age)}
-        ages = [sample_age(s, self._step) for s in samples] or [0]
-        row["staleness/mean"], row["staleness/max"] = float(np.mean(ages)), float(max(ages))
         judged = {g.task.id: [v.reward for v in g.verdicts if not v.masked] for g in groups}
         self._curriculum.update({task: float(np.mean(rewards)) for task, rewards in judged.items() if rewards})
-        last = self._step + 1 >= self._steps or time.monotonic() >= self._ends_at
-        return Batch(
-            self._step, tuple(tuple(shard(samples, rank, world_size)) for rank in range(world_size)), last, row
-        )
+        return batch
 
     def _ledger_row(self) -> dict[str, float]:
         counts = self._ledger.counts()
@@ -320,30 +508,26 @@ class Buffer:
         row["ledger/dropped"] = float(sum(counts.dropped.values()))
         return row | {f"dropped/{reason}": float(n) for reason, n in counts.dropped.items()}
 
+    def _say(self, message: str) -> None:
+        self._rows.append({"kind": "event", "step": self._ledger.step, "time": time.time(), "message": message})
 
-def batch_stats(groups: Sequence[Group]) -> dict[str, float]:
-    """What a batch of scored groups looks like, for the log: success, lengths, tool use, endings."""
-    members = [t for g in groups for t in g.trajectories]
-    row: dict[str, float] = {"episodes": float(len(members))}
-    outcomes = [v.parts["outcome"] for g in groups for v in g.verdicts if not v.masked and "outcome" in v.parts]
-    if outcomes:
-        row["success"] = float(np.mean([value == 1.0 for value in outcomes]))
-    row["episode/tokens"] = float(np.mean([sum(len(t.token_ids) for t in m.turns) for m in members]))
-    row["episode/sampled_tokens"] = float(np.mean([sum(int(t.mask.sum()) for t in m.turns) for m in members]))
-    row["episode/turns"] = float(np.mean([sum(t.role == "policy" for t in m.turns) for m in members]))
-    for tool, name in (("search", "searches"), ("open", "opens"), ("find", "finds")):
-        row[f"episode/{name}"] = float(np.mean([sum(e.call.name == tool for e in m.events) for m in members]))
-    for stop in StopReason:
-        share = float(np.mean([m.stop is stop for m in members]))
-        if share:
-            row[f"stop/{stop}"] = share
-    return row
+    def _span(self, actor: str, phase: str, began: float, ended: float, **more: Any) -> None:
+        row = {"kind": "span", "actor": actor, "phase": phase, "began": round(began, 4), "ended": round(ended, 4)}
+        self._rows.append({**row, "step": self._ledger.step, "time": ended, **more})
+
+    def _tell_spans(self, lease: Lease, groups: Sequence[Group]) -> None:
+        now = time.time()
+        judge_s = max((g.seconds.get("judge", 0.0) for g in groups), default=0.0)
+        parts = {k: sum(g.seconds.get(k, 0.0) for g in groups) for k in ("generate", "tools")}
+        self._span(lease.worker, "rollout", lease.began, now - judge_s, seconds=parts)
+        self._span(lease.worker, "judge", now - judge_s, now)
 
 
-def sample_age(sample: Sample, step: int) -> int:
-    """Optimiser batches between the oldest trained token of a sample and the weights that train it."""
-    trained = sample.versions[sample.mask == 1]
-    return step - int(trained.min()) if len(trained) else 0
+def close_books(journal: Path) -> None:
+    """The run that kept this journal has ended, and with it whatever was under way."""
+    if journal.exists():
+        with RecordWriter(journal) as writer:
+            writer.write({"op": "lose", "reason": "run_ended", "places": ["running", "ready", "in_batch"], "time": time.time()})
 
 
 def _cause(groups: Sequence[Group]) -> str:

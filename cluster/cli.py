@@ -1,4 +1,5 @@
-"""The command line: `gumshoe train|submit|eval|warmup|report|doctor`, and the entry point of Ray jobs (`python -m cluster.cli`).
+"""The command line: `gumshoe train|submit|eval|rollout|warmup|report|doctor`, and the entry point of Ray jobs
+(`python -m cluster.cli`).
 
 Invariants: `--help` imports nothing heavy; an error a user can mend is one line on stderr and exit status 2; any other
 goes with its traceback to a file that the one line names, exit status 1 (GUMSHOE_DEBUG=1 prints it); Ctrl-C ends
@@ -22,7 +23,7 @@ from cluster.errors import UserError, is_expected, one_line
 _EPILOG = """examples:
   gumshoe train demo                              train the tiny policy (configs/demo.yaml)
   gumshoe train demo train.steps=20 seed=3        the same, with other values
-  gumshoe train demo --dry-run                    check config and machine, start nothing
+  gumshoe train demo --dry-run                    the plan, and all that is missing; starts nothing
   gumshoe submit demo storage_path=/shared/runs   the same training as a job on a Ray cluster
   gumshoe report runs/demo                        make the page of a run again
 """
@@ -56,7 +57,18 @@ def build_parser() -> argparse.ArgumentParser:
         return made
 
     train = add("train", "train as a config says", _train)
-    train.add_argument("--dry-run", action="store_true", help="check config and machine, then stop")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the plan and all that is missing (status 2), start nothing"
+    )
+    train.add_argument(
+        "--record", action="store_true", help="keep every scored group in the run's groups/ (record=true)"
+    )
+    train.add_argument(
+        "--replay",
+        default="",
+        metavar="RUN",
+        help="train from the groups a run recorded, without samplers (replay=RUN)",
+    )
     submit = add("submit", "run the same training as a job on a Ray cluster", _submit)
     submit.add_argument(
         "--address",
@@ -70,6 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="Python of the job on the cluster (default: `python`; this one when the cluster is local)",
     )
     add("eval", "evaluate the policy of a config on its held-out tasks", _eval)
+    rollout = add("rollout", "play training tasks with no learner, and record them", _rollout)
+    rollout.add_argument(
+        "--groups", type=int, required=True, metavar="N", help="tasks to play, buffer.group_size times each"
+    )
     add("warmup", "make the tiny policy's checkpoint by supervised training", _warmup)
     report = add("report", "make the HTML page of a run", _report, config=False)
     report.add_argument("run_dir", metavar="RUN", help="folder of a run, such as runs/demo")
@@ -151,13 +167,19 @@ def _run_config(args: argparse.Namespace) -> Any:
 
 def _train(args: argparse.Namespace) -> int:
     config = _run_config(args)
-    if args.dry_run:
-        from cluster.preflight import preflight
+    config.record = config.record or args.record
+    config.replay = args.replay or config.replay
+    if args.dry_run and config.replay:
+        from cluster.replay import plan_replay
 
-        preflight(config)
-        for line in describe(config):
-            print(line)
+        print("\n".join(plan_replay(config)))
         return 0
+    if args.dry_run:
+        from cluster.plan import plan
+
+        made = plan(config)
+        print("\n".join(made.text))
+        return 2 if made.missing else 0
     from cluster.train import run
 
     _print_result(run(config))
@@ -169,6 +191,22 @@ def _eval(args: argparse.Namespace) -> int:
     from cluster.train import evaluate
 
     _print_result(evaluate(config))
+    return 0
+
+
+def _rollout(args: argparse.Namespace) -> int:
+    config = _run_config(args)
+    from cluster.rollouts import run_rollouts
+
+    result = run_rollouts(config, args.groups)
+    found, rate = result["success"], result["tokens_per_s"]
+    print(
+        f"success {found['mean']:.3f}  [{found['low']:.3f}, {found['high']:.3f}]  "
+        f"({found['n']} attempts at training tasks, 95 % interval)"
+    )
+    print(f"tokens {result['sampled_tokens']}" + (f", {rate:.0f} tokens/s" if rate else ", nothing was left to play"))
+    for key in ("recorded", "report"):
+        print(f"{key:16} {result[key]}")
     return 0
 
 
@@ -220,21 +258,6 @@ def _doctor(args: argparse.Namespace) -> int:
     for line in lines:
         print(line)
     return 0 if healthy else 1
-
-
-def describe(config: Any) -> list[str]:
-    """What a run would do, for `--dry-run`."""
-    batch = config.buffer.groups_per_batch * config.buffer.group_size
-    where = "a Ray of its own" if config.ray.address == "local" else f"the Ray at {config.ray.address}"
-    return [
-        f"run       {Path(config.storage_path).expanduser().absolute() / config.name}",
-        f"policy    {config.model.path} ({config.model.init}), protocol {config.protocol.name}",
-        f"world     {config.world.kind}, retrieval {config.retrieval.kind}, judge {config.judge.kind}",
-        f"learning  {config.advantage.name}, reward {config.reward.name}, {config.train.steps} steps of {batch} episodes, "
-        f"staleness at most {config.buffer.max_staleness}",
-        f"engines   {config.fleet.num_engines}, on {where}",
-        "Everything checked; nothing was started.",
-    ]
 
 
 def _print_result(result: Mapping[str, Any]) -> None:

@@ -147,6 +147,23 @@ def save_resolved(config: Any, path: str | Path) -> Path:
     return path
 
 
+def as_saved(config: Any) -> dict[str, Any]:
+    """What `load_saved` would read after `save_resolved(config, ...)`."""
+    from omegaconf import OmegaConf
+
+    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(config_yaml(config))))
+
+
+def load_saved(path: str | Path) -> dict[str, Any]:
+    """A resolved config as plain values. Raises ConfigError for a file that cannot be read."""
+    from omegaconf import OmegaConf
+
+    try:
+        return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read: {_first_line(error)}; put back the one the run was started with") from None
+
+
 def keys_of(schema: Any, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a schema, sections included."""
     for name, hint in _hints(schema).items():

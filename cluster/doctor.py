@@ -12,8 +12,11 @@ import re
 import shutil
 import socket
 import sys
+import time
 from pathlib import Path
 
+from agents.report.findings import BROKEN, findings
+from agents.report.spans import read_spans
 from cluster.preflight import BASE_GIB, ENGINE_GIB, GIB, free_memory
 from cluster.progress import short_number, short_time
 from cluster.runlog import read_metrics
@@ -49,14 +52,14 @@ def examine() -> tuple[list[str], bool]:
 
 
 def examine_run(run_dir: Path) -> tuple[list[str], bool]:
-    """Lines about a run: where it is, its ledger, its slowest phase. Healthy unless the ledger does not balance."""
+    """Lines about a run: where it is, its ledger, what limits it and what is wrong. Healthy unless something is broken."""
     rows = read_metrics(run_dir)
     train = [r for r in rows if r["kind"] == "train"]
     if not train:
         what = "has no finished step yet" if run_dir.is_dir() else "does not exist"
         return [f"run {run_dir} {what}"], run_dir.is_dir()
-    last, healthy = train[-1], True
-    lines = [f"last step     {last['step']}, {short_time(max(0.0, _now() - last.get('time', 0.0)))} ago"]
+    last, now, finished = train[-1], time.time(), (run_dir / "summary.json").is_file()
+    lines = [f"last step     {last['step']}, {short_time(max(0.0, now - last.get('time', 0.0)))} ago"]
     shown = [
         f"{name} {last[key]:.3f}"
         for key, name in (("reward/mean", "reward"), ("success", "success"))
@@ -65,27 +68,25 @@ def examine_run(run_dir: Path) -> tuple[list[str], bool]:
     if _is_number(last.get("tokens_per_s")):
         shown.append(f"{short_number(last['tokens_per_s'])} tokens/s")
     lines.append(f"              {', '.join(shown)}")
+    found = findings(rows, read_spans(run_dir), now=now, finished=finished, free_bytes=shutil.disk_usage(run_dir).free)
     admitted = last.get("ledger/admitted")
-    if isinstance(admitted, (int, float)):
-        names = ("running", "ready", "in_batch", "trained", "dropped")
-        parts = {n: last.get(f"ledger/{n}") or 0 for n in names}
-        balanced = abs(admitted - sum(parts.values())) < 0.5
-        healthy = balanced
+    if _is_number(admitted):
+        parts = {n: last.get(f"ledger/{n}") or 0 for n in ("running", "ready", "in_batch", "trained", "dropped")}
         text = " + ".join(f"{int(v)} {n.replace('_', ' ')}" for n, v in parts.items())
+        balanced = abs(admitted - sum(parts.values())) < 0.5
         lines.append(
             f"ledger        {int(admitted)} admitted = {text}: {'balances' if balanced else 'DOES NOT BALANCE'}"
         )
-    times = {
-        k: [r[k] for r in train[-20:] if _is_number(r.get(k))]
+    recent = train[-20:]
+    means = {
+        k.removeprefix("time/").removesuffix("_s"): sum(v) / len(v)
         for k in last
         if k.startswith("time/") and k not in ("time/step_s", "time/elapsed_s")
+        if (v := [r[k] for r in recent if _is_number(r.get(k))])
     }
-    means = {k.removeprefix("time/").removesuffix("_s"): sum(v) / len(v) for k, v in times.items() if v}
     if means:
         slow = max(means, key=lambda k: means[k])
-        lines.append(
-            f"slowest phase {slow}, {means[slow]:.2f} s of a step (mean of the last {min(20, len(train))} steps)"
-        )
+        lines.append(f"slowest phase {slow}, {means[slow]:.2f} s of a step (mean of the last {len(recent)} steps)")
     for key in ("mismatch/kl_k3", "staleness/max", "groups/zero_spread"):
         if _is_number(last.get(key)):
             lines.append(f"{key:<13} {last[key]:.3g}")
@@ -93,11 +94,15 @@ def examine_run(run_dir: Path) -> tuple[list[str], bool]:
     lines += [
         f"event         step {e['step']}: {' '.join(str(e.get('message', '')).split())[:150]}" for e in events[-5:]
     ]
-    lines.append(
-        "finished      "
-        + ("yes" if (run_dir / "summary.json").is_file() else "no summary.json: still going, or stopped")
-    )
-    return lines, healthy
+    lines.append(f"finished      {'yes' if finished else 'no summary.json: still going, or stopped'}")
+    lines += [
+        "",
+        "what to know, what matters most first:" if found else "nothing limits this run much, and nothing is wrong",
+    ]
+    for number, finding in enumerate(found, start=1):
+        lines.append(f"  {number}. {'BROKEN: ' if finding.rank == BROKEN else ''}{finding.what}")
+        lines.append(f"     -> {finding.change}")
+    return lines, all(finding.rank != BROKEN for finding in found)
 
 
 def _packages() -> tuple[list[str], bool]:
@@ -200,9 +205,3 @@ def _version(name: str) -> str:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _now() -> float:
-    import time
-
-    return time.time()

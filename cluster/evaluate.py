@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from agents.recordfile import write_records
+from agents.recordfile import read_records, write_records
 from agents.types import Group, Task
 from cluster.actors import Actors, Plays
 from cluster.errors import UserError
@@ -69,21 +69,43 @@ def eval_row(groups: Sequence[Group]) -> dict[str, float]:
 class Evaluation:
     """Evaluations of one run over one frozen list of tasks."""
 
-    def __init__(self, actors: Actors, tasks: list[Task], train: TrainConfig, folder: Path) -> None:
+    def __init__(
+        self,
+        actors: Actors,
+        tasks: list[Task],
+        train: TrainConfig,
+        folder: Path,
+        step: int = 0,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self._actors = actors
+        self._tell = tell
         self._tasks = tasks
         self._train = train
         self._folder = folder
         self._pending: tuple[int, Plays] | None = None
-        self._last = 0
+        self._last = step - step % train.eval_every if train.eval_every else 0
+
+    def once(self, label: str) -> tuple[list[Group], bool]:
+        """What `full` gave when this run did it before, else `full`; and whether it was played now."""
+        path = self._folder / f"{label}.jsonl"
+        if path.is_file():
+            groups = read_records(path, Group)
+            if [g.task.id for g in groups] == [t.id for t in self._tasks]:
+                return groups, False
+        return self.full(label), True
 
     def full(self, label: str) -> list[Group]:
         """All tasks, waited for. The groups are also kept as `eval/LABEL.jsonl`. Raises UserError when none was judged."""
         plays = self._actors.evaluate(self._tasks, label)
         while (groups := plays.done()) is None:
-            self._actors.tend()
+            for line in self._actors.tend():
+                self._tell(line)
             time.sleep(POLL_S)
-        write_records(self._folder / f"{label}.jsonl", groups)
+        part = self._folder / f".{label}.part.jsonl"
+        part.unlink(missing_ok=True)
+        write_records(part, groups)
+        part.replace(self._folder / f"{label}.jsonl")
         if self._tasks and not success(groups).n:
             causes = Counter(c for g in groups for v in g.verdicts for c in v.causes.values())
             raise UserError(

@@ -4,7 +4,9 @@ Invariants:
 - A session stays on one engine as long as that engine lives, so its prefix stays cached there.
 - An engine is routed to only while it holds the weights that were published last. One that fails to update, dies or
   stays silent is fenced (no routes), killed and started again; it gets the current weights before it is routed to.
-- A publish never waits for a dead engine longer than its phase deadlines, and the others go on.
+- A publish never waits for a dead engine longer than its phase deadlines, and the others go on. One of a learner that
+  another has replaced is refused.
+- What was published last is on disk beside the weights, so that a fleet whose process died starts its engines with it.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,6 +29,7 @@ from cluster.errors import one_line
 from cluster.vllm.engine import EngineConfig, PolicyEngine
 from cluster.vllm.preflight import EngineError
 from cluster.vllm.transfer import Deadlines, Manifest, ShmTransport, publish
+from cluster.watchdog import Tally, Waits
 
 
 class Sampler:
@@ -94,7 +99,7 @@ class FleetConfig:
     num_gpus: float = 0.0
     """Ray GPUs an engine asks for."""
     max_restarts: int = 20
-    """Restarts of all engines together before the run stops."""
+    """Restarts of all engines together within an hour before the run stops."""
     health_every_s: float = 2.0
     """Seconds between health checks."""
     health_timeout_s: float = 60.0
@@ -121,30 +126,43 @@ class _Engine:
 class Fleet:
     """Owns the sampler actors. Create, `await start()`, then `route`, `publish`, `report`."""
 
-    def __init__(self, config: FleetConfig, engine: EngineConfig) -> None:
+    def __init__(self, config: FleetConfig, engine: EngineConfig, state: str = "") -> None:
         self._config = config
         self._engine_config = engine
+        self._state = Path(state) if state else None
         self._engines: dict[str, _Engine] = {}
         self._routes: dict[str, str] = {}
         self._owners: dict[str, str] = {}
         self._manifest: Manifest | None = None
         self._version = engine.version
         self._names = itertools.count()
-        self._restarts = 0
+        self._prefix = "sampler-"
+        self._began = False
+        self._restarts = Tally(config.max_restarts)
         self._events: list[str] = []
         self._fatal = ""
         self._membership = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
         self._jobs: set[asyncio.Task[None]] = set()
+        self._load: list[tuple[float, float]] = []
+        self._sampled: dict[str, int] = {}
+        self._waits = Waits()
 
     async def start(self) -> dict[str, list[int]]:
         """Starts all engines; returns their pids by name. Raises EngineError of the first that cannot start."""
+        self._began = True
         fresh = [self._create() for _ in range(self._config.num_engines)]
         for engine in fresh:  # one after another: start-up is bound by the processor
             engine.pids = await self._started(engine)
             engine.live = True
         self._watch = asyncio.create_task(self._watch_health())
         return {e.name: e.pids for e in fresh}
+
+    async def pulse(self) -> tuple[str, float]:
+        """For the watchdog; a fleet that Ray has started again brings its engines up first."""
+        if not self._began and self._state is not None:
+            self._come_back()
+        return self._waits.oldest()
 
     async def route(self, session: str, worker: str = "", timeout_s: float = 120.0) -> tuple[str, Any]:
         """(name, handle) of the engine that serves `session`. Raises EngineError when none comes up in time."""
@@ -185,7 +203,10 @@ class Fleet:
     async def publish(self, manifest: dict[str, Any], version: str) -> dict[str, Any]:
         """Brings weights into all live engines; a failing one is fenced. Returns timings and who failed."""
         async with self._membership:
+            if Version.parse(version).incarnation < Version.parse(self._version).incarnation:
+                raise EngineError("weights", f"weights {version} are of a learner that was replaced; published are {self._version}")
             self._manifest, self._version = Manifest.from_dict(manifest), version
+            self._keep_state()
             targets = {e.name: e for e in self._engines.values() if e.live}
             report = await publish(
                 {name: _Client(e.handle) for name, e in targets.items()},
@@ -216,6 +237,16 @@ class Fleet:
                 else:
                     self._fence(engine, f"holds weights {found['received']}, published were {expected}")
         return sums
+
+    async def load(self) -> dict[str, float]:
+        """Requests running and tokens sampled per second, over all engines and the time since the last call."""
+        found, self._load = self._load, []
+        if not found:
+            return {}
+        return {
+            "engine/running": sum(running for running, _ in found) / len(found),
+            "engine/tokens_per_s": sum(tokens for _, tokens in found) / (len(found) * self._config.health_every_s),
+        }
 
     async def members(self) -> dict[str, dict[str, Any]]:
         """What the fleet knows of each engine."""
@@ -254,7 +285,7 @@ class Fleet:
 
     def _create(self) -> _Engine:
         number = next(self._names)
-        name = f"sampler-{number}"
+        name = f"{self._prefix}{number}"
         # Engines of one seed would draw the same noise for the same prompt.
         config = replace(self._engine_config, seed=self._engine_config.seed + number)
         options = {"num_cpus": self._config.num_cpus, "num_gpus": self._config.num_gpus, "max_concurrency": 2048}
@@ -269,11 +300,13 @@ class Fleet:
         self._events.append(f"{engine.name} was fenced: {reason}")
         with contextlib.suppress(Exception):
             ray.kill(engine.handle)
-        self._restarts += 1
-        if self._restarts > self._config.max_restarts:
-            self._fatal = f"sampler engines failed {self._restarts} times, last: {reason}"
+        if self._restarts.exceeded():
+            self._fatal = f"sampler engines failed {self._restarts.count} times within an hour, last: {reason}"
             return
-        job = asyncio.create_task(self._replace())
+        self._background(self._replace())
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        job = asyncio.create_task(work)
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
 
@@ -300,14 +333,43 @@ class Fleet:
     async def _watch_health(self) -> None:
         while True:
             await asyncio.sleep(self._config.health_every_s)
-            for engine in [e for e in self._engines.values() if e.live]:
-                try:
-                    async with asyncio.timeout(self._config.health_timeout_s):
-                        stats = await engine.handle.stats.remote()
-                    if stats["dead"]:
-                        self._fence(engine, "its engine process is gone")
-                except Exception as error:
-                    self._fence(engine, one_line(error) or f"no answer within {self._config.health_timeout_s:g} s")
+            engines = [e for e in self._engines.values() if e.live]
+            found = await asyncio.gather(*(self._check(engine) for engine in engines))
+            self._load = [*self._load[-999:], (sum(r for r, _ in found), sum(t for _, t in found))]
+
+    async def _check(self, engine: _Engine) -> tuple[float, float]:
+        """Requests running, and tokens sampled since the last look; an engine that is dead or silent is fenced."""
+        try:
+            with self._waits(f"{engine.name}, for its state"):
+                async with asyncio.timeout(self._config.health_timeout_s):
+                    stats = await engine.handle.stats.remote()
+        except Exception as error:
+            self._fence(engine, one_line(error) or f"no answer within {self._config.health_timeout_s:g} s")
+            return 0.0, 0.0
+        if stats["dead"]:
+            self._fence(engine, "its engine process is gone")
+        before = self._sampled.get(engine.name, stats["sampled_tokens"])
+        self._sampled[engine.name] = stats["sampled_tokens"]
+        return float(stats["in_flight"]), float(stats["sampled_tokens"] - before)
+
+    def _keep_state(self) -> None:
+        if self._state is not None and self._manifest is not None:
+            part = self._state.with_suffix(".part")
+            part.write_text(json.dumps({"manifest": self._manifest.to_dict(), "version": self._version}), encoding="utf-8")
+            part.replace(self._state)
+
+    def _come_back(self) -> None:
+        """After a death of this process, and of its engines with it: as many new ones, with what was published last."""
+        assert self._state is not None
+        self._began = True
+        if self._state.is_file():
+            saved = json.loads(self._state.read_text(encoding="utf-8"))
+            self._manifest, self._version = Manifest.from_dict(saved["manifest"]), saved["version"]
+        self._events.append(f"the fleet came back; {self._config.num_engines} engines start with weights {self._version}")
+        self._prefix = f"sampler-{os.getpid()}-"  # somebody may still report the dead ones by their names
+        for _ in range(self._config.num_engines):
+            self._background(self._replace())
+        self._watch = asyncio.create_task(self._watch_health())
 
     def _deadlines(self) -> Deadlines:
         limit = self._config.publish_deadline_s

@@ -3,22 +3,29 @@
 Every rank runs `train_loop`. Invariants:
 - All ranks take the same decisions from the same batch; rank 0 alone talks to the fleet and settles the ledger.
 - A batch is settled only after its optimiser step; admission moves on only after its weights were published.
-- Learner and ledger are saved together, and go back together (`ray.train.get_checkpoint`).
+- Learner and ledger are saved together and go back together: whoever begins takes the newest checkpoint that is whole,
+  and tells the buffer, which refuses whoever was there before. Checkpoints are this project's own (`agents.learning.checkpoint`),
+  because they are verified when read and a damaged one is passed over; Ray Train restarts the workers.
+- Every wait has a deadline. An error that a person must mend ends the run with its line; any other restarts the learner.
 """
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agents.learning.config import LearnerConfig, LoraConfig
 from agents.types import Version
+from cluster.errors import is_expected, one_line
 from cluster.runtime import environment
+
+CALL_S = 900.0
+"""Deadline of a call to the buffer or the fleet; they have shorter ones of their own, so this one means that they are gone."""
 
 
 @dataclass
@@ -40,7 +47,9 @@ class TrainConfig:
     eval_temperature: float = 1.0
     """Sampling temperature of evaluations."""
     checkpoint_every: int = 50
-    """Optimiser batches between checkpoints; the last one is always saved."""
+    """Optimiser batches between checkpoints; the last one is always saved. 0: by time alone."""
+    checkpoint_minutes: float = 10.0
+    """Most minutes between checkpoints: what a killed learner may cost. 0: by `checkpoint_every` alone."""
     keep_checkpoints: int = 2
     """Checkpoints kept."""
     verify_every: int = 10
@@ -51,16 +60,21 @@ class TrainConfig:
     """Ray CPUs a learner process asks for (placement only; its threads are `learner.threads`)."""
     worker_gpus: float = 0.0
     """Ray GPUs a learner process asks for."""
-    max_failures: int = 3
-    """Restarts of the learner from its last checkpoint before the run stops."""
+    max_failures: int = 5
+    """Restarts of the learner in a row, without an optimiser step between them, before the run stops."""
     batch_timeout_s: float = 1800.0
     """How long a run may go without an optimiser batch before it stops, saying where its episodes are."""
+
+    wandb: bool = False
+    """Write the run's metrics to Weights & Biases too (extra `wandb`)."""
 
     def check(self) -> None:
         """Raises ValueError, one line, for a value outside its range."""
         for name in ("steps", "eval_tasks", "eval_attempts", "num_workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"train.keep_checkpoints is {self.keep_checkpoints}; it must be at least 1, so that a run can go on")
 
 
 @dataclass(frozen=True)
@@ -73,27 +87,40 @@ class Setup:
     learner: LearnerConfig
     buffer: Any
     fleet: Any
+    """None: nothing is sampled (replay), so nothing is published."""
     segments: str
     """Folder for published weights, in memory where the machine has one."""
+    checkpoints: str
+    """Folder of the run's checkpoints."""
 
 
 def train_loop(config: dict[str, Any]) -> None:
     """Runs in each Ray Train worker. `config["setup"]` is a Setup."""
     import ray
+
+    setup: Setup = config["setup"]
+    try:
+        _train(setup)
+    except Exception as error:
+        if not is_expected(error):
+            raise  # this learner is lost; Ray Train starts another from the last checkpoint
+        with contextlib.suppress(Exception):
+            ray.get(setup.buffer.stop.remote(one_line(error)), timeout=CALL_S)
+
+
+def _train(setup: Setup) -> None:
     import ray.train
     import ray.train.torch
-    import torch
 
-    from agents.learning.checkpoint import load_checkpoint, save_checkpoint
+    from agents.learning.checkpoint import load_checkpoint
     from agents.learning.learner import Learner
     from agents.learning.model import load_model
     from agents.learning.scorer import ReferenceScorer
     from agents.learning.shard import apply_fsdp
-    from cluster.vllm.segment import ShmWriter
 
-    setup: Setup = config["setup"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    incarnation, folder = _begin(setup, rank, world)
     device = ray.train.torch.get_device() if setup.train.worker_gpus else "cpu"
     model = load_model(setup.model, setup.learner, device)
     learner = Learner(apply_fsdp(model) if world > 1 else model, setup.learner)
@@ -101,91 +128,151 @@ def train_loop(config: dict[str, Any]) -> None:
     reference = None
     if setup.learner.loss.kl_coef > 0:
         reference = ReferenceScorer(load_model(setup.model, replace(setup.learner, lora=LoraConfig()), device))
-    extra: dict[str, Any] = {}
-    saved = ray.train.get_checkpoint()
-    if saved is not None:
-        with saved.as_directory() as folder:
-            extra = load_checkpoint(folder, learner)
-    step = int(extra.get("step", 0))
-    publisher = None
-    if rank == 0:
-        incarnation = ray.get(setup.buffer.enter.remote(extra.get("buffer")))
-        publisher = Publisher(setup, incarnation, ShmWriter(setup.segments, prefix=f"weights-{incarnation}"))
-    if context.get_world_size() > 1:
-        torch.distributed.barrier()  # nobody asks for a batch before the ledger went back
-    _publish(publisher, learner, step)  # also at the very start: it proves the way to every engine
-    began = time.monotonic()
-    while True:
+    step = int(load_checkpoint(folder, learner)["step"]) if folder else 0
+    publisher = Publisher(setup, incarnation) if rank == 0 else None
+    publish_s = _publish(publisher, learner, step)  # also at the very start: it proves the way to every engine
+    began = saved_at = time.monotonic()
+    checkpoint_s = 0.0
+    while step < setup.train.steps:
         asked = time.monotonic()
-        batch = _next_batch(setup, step, world)
+        batch = _next_batch(setup, incarnation, step, world)
         wait_s = time.monotonic() - asked
         samples = list(batch.shards[rank])
         metrics = learner.step(reference(samples) if reference else samples)
         step += 1
         if publisher is not None:
-            times = {"time/wait_s": wait_s, "time/elapsed_s": time.monotonic() - began}
-            ray.get(setup.buffer.settle.remote(step - 1, {**metrics, **times}))
-        _publish(publisher, learner, step)
-        every = setup.train.checkpoint_every
-        if batch.last or (every and step % every == 0):
-            with tempfile.TemporaryDirectory(prefix="gumshoe-checkpoint-") as folder:
-                state = {"step": step, "buffer": ray.get(setup.buffer.state.remote())}
-                path = save_checkpoint(Path(folder) / "checkpoint", learner, setup.model, state)
-                kept = ray.train.Checkpoint.from_directory(str(path)) if rank == 0 else None
-                ray.train.report({"step": step}, checkpoint=kept)
+            times = {
+                "time/wait_s": wait_s, "time/publish_s": publish_s, "time/checkpoint_s": checkpoint_s,
+                "time/elapsed_s": time.monotonic() - began,
+            }  # fmt: skip
+            _ask(setup.buffer.settle.remote(incarnation, step - 1, {**metrics, **times}))
+        publish_s = _publish(publisher, learner, step)
+        checkpoint_s = 0.0
+        if batch.last or _due(setup.train, step, saved_at, world):
+            saved_at = time.monotonic()
+            _save(setup, learner, incarnation, step, rank)
+            checkpoint_s = time.monotonic() - saved_at
         if batch.last:
             return
 
 
-def _next_batch(setup: Setup, step: int, world: int) -> Any:
-    """Waits for the batch. The driver, which sees everything, decides when waiting has taken too long."""
-    import ray
+def _begin(setup: Setup, rank: int, world: int) -> tuple[int, str]:
+    """Incarnation and checkpoint folder (empty: from the start), the same on every rank."""
+    import torch.distributed as dist
 
+    from agents.learning.checkpoint import newest_checkpoint, read_extra
+
+    found: list[Any] = [0, ""]
+    if rank == 0:
+        folder, lines = newest_checkpoint(setup.checkpoints)
+        for line in lines:
+            _ask(setup.buffer.event.remote(line))
+        saved = read_extra(folder).get("buffer") if folder else None
+        found = [_ask(setup.buffer.enter.remote(saved)), str(folder or "")]
+    if world > 1:
+        dist.broadcast_object_list(found, src=0)  # nobody asks for a batch before the ledger went back
+    return int(found[0]), str(found[1])
+
+
+def _due(train: TrainConfig, step: int, saved_at: float, world: int) -> bool:
+    """Whether a checkpoint is due. Clocks of ranks differ, so the first one's decides."""
+    import torch.distributed as dist
+
+    due = [bool(train.checkpoint_minutes) and time.monotonic() - saved_at >= 60 * train.checkpoint_minutes]
+    if world > 1 and train.checkpoint_minutes:
+        dist.broadcast_object_list(due, src=0)
+    return due[0] or bool(train.checkpoint_every and step % train.checkpoint_every == 0)
+
+
+def _save(setup: Setup, learner: Any, incarnation: int, step: int, rank: int) -> None:
+    """Every rank joins; the first one writes. What cannot be written ends the run, with the last checkpoint whole."""
+    import ray.train
+
+    from agents.learning.checkpoint import CheckpointError, checkpoint_name, prune_checkpoints, save_checkpoint
+
+    began = time.monotonic()
+    state = {"step": step, "buffer": _ask(setup.buffer.state.remote()) if rank == 0 else {}}
+    try:
+        save_checkpoint(Path(setup.checkpoints) / checkpoint_name(step), learner, setup.model, state)
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {setup.checkpoints}: {one_line(error)[:200]}; earlier ones are "
+            "whole: free some space (or mend the folder) and go on with resume="
+        ) from error
+    if rank == 0:
+        prune_checkpoints(setup.checkpoints, setup.train.keep_checkpoints)
+        _ask(setup.buffer.checkpointed.remote(incarnation, step, time.monotonic() - began))
+    ray.train.report({"step": step})
+
+
+def _next_batch(setup: Setup, incarnation: int, step: int, world: int) -> Any:
+    """Waits for the batch. The driver, which sees everything, decides when waiting has taken too long."""
     while True:
-        batch = ray.get(setup.buffer.next_batch.remote(step, world))
+        batch = _ask(setup.buffer.next_batch.remote(incarnation, step, world))
         if batch is not None:
             return batch
+
+
+def _ask(reference: Any) -> Any:
+    import ray
+
+    return ray.get(reference, timeout=CALL_S)
 
 
 class Publisher:
     """Rank 0's way to the samplers: a segment in memory, the fleet, then the ledger."""
 
-    def __init__(self, setup: Setup, incarnation: int, writer: Any) -> None:
-        self.incarnation = incarnation
+    def __init__(self, setup: Setup, incarnation: int) -> None:
+        from cluster.vllm.segment import ShmWriter
+
+        self._incarnation = incarnation
         self._setup = setup
-        self._writer = writer
+        self._writer = ShmWriter(setup.segments, prefix=f"weights-{incarnation}") if setup.fleet is not None else None
+        self._first = True
 
     def publish(self, weights: Iterable[tuple[str, Any]], step: int) -> None:
-        import ray
-
-        setup, began = self._setup, time.monotonic()
-        manifest = self._writer.write(weights)
-        label = Version(self.incarnation, step).label
-        report = ray.get(setup.fleet.publish.remote(manifest.to_dict(), label))
-        if setup.train.verify_every and step % setup.train.verify_every == 0:
-            ray.get(setup.fleet.verify.remote())
-            report["publish/verified"] = 1.0
+        setup, began, report = self._setup, time.monotonic(), {}
+        if self._writer is not None:
+            manifest = self._writer.write(weights)
+            label = Version(self._incarnation, step).label
+            report = dict(_ask(setup.fleet.publish.remote(manifest.to_dict(), label)))
+            if setup.train.verify_every and step % setup.train.verify_every == 0:
+                _ask(setup.fleet.verify.remote())
+                report["publish/verified"] = 1.0
+            if self._first:
+                self._clear_old(Path(manifest.path))
+        self._first = False
         report["time/publish_s"] = time.monotonic() - began
-        ray.get(setup.buffer.published.remote(step, report))
+        _ask(setup.buffer.published.remote(self._incarnation, step, report))
+
+    def _clear_old(self, current: Path) -> None:
+        """Segments of learners before this one: nobody will read them again."""
+        for old in current.parent.glob("weights-*"):
+            if not old.name.startswith(f"weights-{self._incarnation}-"):
+                old.unlink(missing_ok=True)
 
 
-def _publish(publisher: Publisher | None, learner: Any, step: int) -> None:
-    """Every rank joins the gathering of weights; rank 0 publishes them."""
+def _publish(publisher: Publisher | None, learner: Any, step: int) -> float:
+    """Every rank joins the gathering of weights; rank 0 publishes them. Returns the seconds it took."""
+    began = time.monotonic()
     if publisher is None:
         for _ in learner.weights():
             pass
     else:
         publisher.publish(learner.weights(), step)
+    return time.monotonic() - began
 
 
 class LearnerRun:
-    """The Ray Train run in a thread of the driver, since `TorchTrainer.fit` blocks."""
+    """The Ray Train run in a thread of the driver, since `TorchTrainer.fit` blocks.
+
+    Ray Train restarts workers that die; a controller of Ray Train that dies is started anew here.
+    """
 
     def __init__(self, setup: Setup, run_dir: Path) -> None:
         self._setup = setup
         self._run_dir = run_dir
         self._error: BaseException | None = None
-        self.checkpoint: str = ""
         self._thread = threading.Thread(target=self._fit, name="learner", daemon=True)
         self._thread.start()
 
@@ -198,34 +285,36 @@ class LearnerRun:
         return alive
 
     def _fit(self) -> None:
-        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        try:
+            for trainer in self._trainers():
+                result = trainer.fit()
+                self._error = result.error
+                if result.error is None:
+                    return
+        except BaseException as error:
+            self._error = error
+
+    def _trainers(self) -> Iterator[Any]:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         train = self._setup.train
-        trainer = TorchTrainer(
-            train_loop,
-            train_loop_config={"setup": self._setup},
-            torch_config=TorchConfig(backend="nccl" if train.worker_gpus else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=train.num_workers,
-                use_gpu=train.worker_gpus > 0,
-                resources_per_worker={
-                    "CPU": train.worker_cpus,
-                    **({"GPU": train.worker_gpus} if train.worker_gpus else {}),
-                },
-            ),
-            run_config=RunConfig(
-                name="checkpoints",
-                storage_path=str(self._run_dir),
-                failure_config=FailureConfig(max_failures=train.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-                worker_runtime_env={"env_vars": environment(self._setup.learner.threads)},
-            ),
-        )
-        try:
-            result = trainer.fit()
-            self.checkpoint = result.checkpoint.path if result.checkpoint else ""
-            if result.error:
-                self._error = result.error
-        except BaseException as error:
-            self._error = error
+        gpus = {"GPU": train.worker_gpus} if train.worker_gpus else {}
+        for _ in range(train.max_failures + 1):
+            yield TorchTrainer(
+                train_loop,
+                train_loop_config={"setup": self._setup},
+                torch_config=TorchConfig(backend="nccl" if train.worker_gpus else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=train.num_workers,
+                    use_gpu=train.worker_gpus > 0,
+                    resources_per_worker={"CPU": train.worker_cpus, **gpus},
+                ),
+                run_config=RunConfig(
+                    name=f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1_000_000:06d}",
+                    storage_path=str(self._run_dir / "ray_train"),
+                    # The buffer counts learners that begin without a step between them, and stops the run.
+                    failure_config=FailureConfig(max_failures=-1),
+                    worker_runtime_env={"env_vars": environment(self._setup.learner.threads)},
+                ),
+            )

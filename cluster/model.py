@@ -1,13 +1,16 @@
-"""The checkpoint a run starts from: a folder that learner and engines both read.
+"""The checkpoint a run starts from: a folder that learner and engines both read, and what its configuration says of sizes.
 
 A randomly initialised model is written to the run's folder first, so that both sides start from the same bytes.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.config import ROOT
 from cluster.errors import UserError
@@ -28,6 +31,72 @@ class ModelConfig:
     """`pretrained`: the weights of `path`; `random`: fresh weights of that architecture, by the run's seed."""
     tokenizer: str = ""
     """Folder of the tokenizer, when it is not `path`."""
+    shape: str = ""
+    """A `config.json` to plan with while `path` is not there: `--dry-run` knows sizes by it, and no run reads it."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder, from its configuration alone: near enough to judge memory."""
+
+    architecture: str
+    """transformers' `model_type`."""
+    num_parameters: int
+    kv_values_per_token: int
+    """Keys and values of all layers for one token."""
+    max_positions: int
+    """Longest sequence; 0: the configuration does not say."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ModelShape:
+        """The shape of a `config.json`."""
+        text: Mapping[str, Any] = config.get("text_config") or config
+
+        def number(*keys: str, default: int = 0) -> int:
+            return next((text[k] for k in keys if isinstance(text.get(k), int)), default)
+
+        hidden, layers = number("hidden_size"), number("num_hidden_layers")
+        heads = number("num_attention_heads", default=1)
+        head_dim = number("head_dim") or hidden // max(1, heads)
+        kv_heads = number("num_key_value_heads", default=heads)
+        dense = 3 * hidden * number("intermediate_size", default=4 * hidden)
+        experts = number("num_experts", "n_routed_experts", "num_local_experts")
+        expert = 3 * hidden * number("moe_intermediate_size", "intermediate_size")
+        sparse = experts * (expert + hidden) + 3 * hidden * number("shared_expert_intermediate_size")
+        every, plain = number("decoder_sparse_step", default=1) or 1, text.get("mlp_only_layers") or ()
+        num_sparse = sum(bool(experts) and i not in plain and (i + 1) % every == 0 for i in range(layers))
+        attention = layers * hidden * head_dim * (2 * heads + 2 * kv_heads)
+        embeddings = number("vocab_size") * hidden * (1 if text.get("tie_word_embeddings") else 2)
+        return cls(
+            str(config.get("model_type") or "unknown"),
+            attention + num_sparse * sparse + (layers - num_sparse) * dense + embeddings,
+            2 * layers * kv_heads * head_dim,
+            number("max_position_embeddings"),
+        )
+
+
+def model_shape(config: ModelConfig) -> ModelShape | None:
+    """The shape of the policy, or, while its folder is not there, the one to plan with; None when neither is known."""
+    for path in (resolve(config.path) / "config.json" if config.path else None, resolve(config.shape)):
+        if path is not None and path.is_file():
+            try:
+                return ModelShape.of(read_json(path, "the configuration of the model"))
+            except UserError:
+                return None  # what is wrong with it, the check of the model says
+    return None
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no {path.name} ({what}); give a whole Hugging Face folder")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} ({what}) cannot be read: {error}; copy it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} ({what}) is not a JSON object; copy it again")
+    return found
 
 
 def resolve(path: str) -> Path:

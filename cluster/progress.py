@@ -11,7 +11,7 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 _SHOWN = (
@@ -77,32 +77,6 @@ class Progress:
         interval = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
         tasks = f" on {int(n)} held-out tasks" if n else ""
         self.note(f"eval at {self.unit} {step}: success {mean:.3f}{interval}{tasks}")
-
-    def row(self, row: Mapping[str, Any]) -> None:
-        """Show a row of metrics.jsonl in the way of its kind; publishes are not shown."""
-        kind, step = row.get("kind"), int(row.get("step", 0))
-        if kind == "train":
-            self.update(step, row)
-        elif kind == "eval":
-            self.evaluation(step, row)
-        elif kind == "event":
-            self.note(str(row.get("message", "")))
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Show that something longer goes on, and how long it took."""
-        began = self._clock()
-        if self._live:
-            self._show(f"{name} ...")
-        else:
-            self.note(f"{name} ...")
-        yield
-        self._line = "" if self._live else self._line
-        with contextlib.suppress(OSError, ValueError):
-            if self._live:
-                self._stream.write("\r\x1b[2K")
-        self.note(f"{name} done in {short_time(self._clock() - began)}")
-        self._step_at = [(self._clock(), self._step_at[-1][1])]
 
     def close(self) -> None:
         """Leave the last line on the terminal."""

@@ -2,6 +2,7 @@
 
 Invariants:
 - A worker holds no state that matters: if it dies, its leases are leased again.
+- Every wait on another actor has a deadline, and `pulse` names the longest one under way.
 - A dead or fenced sampler costs a retry on another engine, never the episode: the token ids so far are the state.
 - Infrastructure trouble ends a lease with a reason; it never becomes a reward.
 """
@@ -9,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -42,6 +44,7 @@ from agents.types import (
 from cluster.buffer import Lease
 from cluster.errors import one_line
 from cluster.vllm.preflight import EngineError
+from cluster.watchdog import Waits
 from envs.config import SandboxConfig
 from envs.sandbox import Session
 
@@ -60,9 +63,10 @@ class RolloutConfig:
     """Deadline of one policy turn."""
     score_timeout_s: float = 600.0
     """Deadline of scoring one group."""
-
+    search_timeout_s: float = 120.0
+    """Deadline of one call to the retrieval actor, its restart included."""
     max_restarts: int = 20
-    """Replacements of dead rollout workers before the run stops."""
+    """Replacements of dead rollout workers within an hour before the run stops."""
 
     def check(self) -> None:
         """Raises ValueError, one line, for a value outside its range."""
@@ -78,10 +82,11 @@ class PolicyFailed(RuntimeError):
 class RemotePolicy:
     """`interfaces.Policy` over the sampler fleet."""
 
-    def __init__(self, fleet: Any, config: RolloutConfig, worker: str) -> None:
+    def __init__(self, fleet: Any, config: RolloutConfig, worker: str, waits: Waits | None = None) -> None:
         self._fleet = fleet
         self._config = config
         self._worker = worker
+        self._waits = waits or Waits()
         self._routes: dict[str, tuple[str, Any]] = {}
         self._serial = 0
 
@@ -94,10 +99,16 @@ class RemotePolicy:
             name, handle = await self._route(session)
             self._serial += 1
             request = f"{session}#{os.getpid()}-{self._serial}"
+            asked = handle.generate.remote(list(prompt_ids), request, sampling, list(stop_token_ids))
             try:
-                async with asyncio.timeout(self._config.generate_timeout_s):
-                    return await handle.generate.remote(list(prompt_ids), request, sampling, list(stop_token_ids))
+                with self._waits(f"a policy turn of {session} from {name}"):
+                    async with asyncio.timeout(self._config.generate_timeout_s):
+                        return await asked
+            except asyncio.CancelledError:
+                ray.cancel(asked)  # nobody wants it any more: the engine need not finish it
+                raise
             except TimeoutError:
+                ray.cancel(asked)
                 # Slow is not dead: the fleet's own health check judges the engine.
                 raise PolicyFailed(f"no policy turn within {self._config.generate_timeout_s:g} s") from None
             except ray.exceptions.RayError as failure:
@@ -111,7 +122,11 @@ class RemotePolicy:
     async def _route(self, session: str) -> tuple[str, Any]:
         if session not in self._routes:
             try:
-                self._routes[session] = await self._fleet.route.remote(session, self._worker)
+                with self._waits("the fleet, for an engine"):
+                    async with asyncio.timeout(self._config.generate_timeout_s):
+                        self._routes[session] = await self._fleet.route.remote(session, self._worker)
+            except TimeoutError:
+                raise PolicyFailed(f"no engine within {self._config.generate_timeout_s:g} s") from None
             except ray.exceptions.RayError as failure:
                 raise PolicyFailed(one_line(failure)) from failure
         return self._routes[session]
@@ -125,15 +140,21 @@ class RemotePolicy:
 class RemoteBackend:
     """`interfaces.Backend` over the retrieval actor."""
 
-    def __init__(self, handle: Any, info: BackendInfo) -> None:
+    def __init__(self, handle: Any, info: BackendInfo, timeout_s: float, waits: Waits) -> None:
         self._handle = handle
         self._info = info
+        self._timeout_s = timeout_s
+        self._waits = waits
 
     async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
-        return await self._handle.search.remote(list(queries))
+        with self._waits("retrieval, for a search"):
+            async with asyncio.timeout(self._timeout_s):
+                return await self._handle.search.remote(list(queries))
 
     async def get(self, ids: Sequence[str]) -> list[Document | None]:
-        return await self._handle.get.remote(list(ids))
+        with self._waits("retrieval, for a document"):
+            async with asyncio.timeout(self._timeout_s):
+                return await self._handle.get.remote(list(ids))
 
     def info(self) -> BackendInfo:
         return self._info
@@ -161,30 +182,48 @@ class RolloutWorker:
         self._name = name
         self._play = play
         self._speech: Speech = play.speech()
-        self._policy = RemotePolicy(fleet, play.rollout, name)
-        self._backend = RemoteBackend(retrieval, info)
+        self._waits = Waits()
+        self._policy = RemotePolicy(fleet, play.rollout, name, self._waits)
+        self._backend = RemoteBackend(retrieval, info, play.rollout.search_timeout_s, self._waits)
         self._reward = reward
         self._buffer: Any = None
         self._stop = False
+        self._jobs: dict[asyncio.Task[None], Lease] = {}
 
     async def ready(self) -> int:
         """Its pid, once it can work."""
         return os.getpid()
 
+    async def pulse(self) -> tuple[str, float]:
+        """For the watchdog: what it has waited for the longest, and since when."""
+        return self._waits.oldest()
+
     async def run(self, buffer: Any) -> None:
         """Leases from `buffer` and plays until `stop`. One coroutine per lease, at most `groups_in_flight` of them."""
         self._buffer = buffer
         room = asyncio.Semaphore(self._play.rollout.groups_in_flight)
-        jobs: set[asyncio.Task[None]] = set()
         while not self._stop:
             await room.acquire()
             lease = await self._buffer.lease.remote(self._name, 2.0)
             if lease is None:
                 room.release()
                 continue
-            job = asyncio.create_task(self._serve(lease, room))
-            jobs.add(job)
-            job.add_done_callback(jobs.discard)
+            job = asyncio.create_task(self._serve(lease))
+            self._jobs[job] = lease
+            job.add_done_callback(functools.partial(self._done, room))
+        await self._end(list(self._jobs))
+
+    async def fence(self, incarnation: int) -> int:
+        """A learner of that incarnation has begun: work for earlier ones is worth nothing and ends. Returns how much."""
+        old = [job for job, lease in self._jobs.items() if lease.incarnation < incarnation]
+        await self._end(old)
+        return len(old)
+
+    def _done(self, room: asyncio.Semaphore, job: asyncio.Task[None]) -> None:
+        self._jobs.pop(job, None)
+        room.release()
+
+    async def _end(self, jobs: Sequence[asyncio.Task[None]]) -> None:
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
@@ -204,7 +243,7 @@ class RolloutWorker:
 
     # ------------------------------------------------------------------------------------------------- inside
 
-    async def _serve(self, lease: Lease, room: asyncio.Semaphore) -> None:
+    async def _serve(self, lease: Lease) -> None:
         try:
             group = await self._group(lease.task, lease.id, lease.episodes, None)
             await self._buffer.put.remote(lease.id, [group])
@@ -213,8 +252,6 @@ class RolloutWorker:
         except Exception as error:
             await self._buffer.event.remote(f"lease {lease.id} failed: {one_line(error)}")
             await self._buffer.fail.remote(lease.id, "rollout_failed")
-        finally:
-            room.release()
 
     async def _group(self, task: Task, group_id: str, episodes: int, temperature: float | None) -> Group:
         began = time.perf_counter()
@@ -253,7 +290,8 @@ class RolloutWorker:
     async def _score(self, group: Group) -> list[Verdict]:
         """A reward that is gone or silent masks the group; an error inside it is a bug and fails the lease by name."""
         try:
-            async with asyncio.timeout(self._play.rollout.score_timeout_s):
-                return await self._reward.score.remote(group)
+            with self._waits(f"the reward, about group {group.id}"):
+                async with asyncio.timeout(self._play.rollout.score_timeout_s):
+                    return await self._reward.score.remote(group)
         except (ray.exceptions.RayActorError, TimeoutError) as error:
             return [Verdict.unavailable("reward", f"reward_actor:{type(error).__name__}")] * len(group.members)

@@ -1,7 +1,7 @@
 """A run's folder, and the folder in memory for the weights it publishes.
 
-Invariants: a run never writes over another: an older folder of the same name steps aside under its date. The segment
-folder is removed when the run ends, however it ends.
+Invariants: a run never writes over another: an older folder of the same name steps aside under its date, unless the run goes
+on with it (`resume=`). The segment folder is removed when the run ends, however it ends.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agents.interfaces import Speech
 from agents.plain import to_plain
 from agents.types import Group
-from cluster.config import save_resolved
+from cluster.config import as_saved, load_saved, save_resolved
 from cluster.errors import UserError
 
 WHOLE_TRAJECTORIES = 12
+CONFIG = "config.yaml"
 _SEGMENTS = "gumshoe-weights-"
 
 
@@ -42,26 +44,111 @@ def storage_dir(storage_path: str) -> Path:
     return path.absolute()
 
 
+@dataclass(frozen=True)
+class RunFolder:
+    """An opened run."""
+
+    path: Path
+    resumed: bool = False
+    """There is something to go on from."""
+    lines: tuple[str, ...] = ()
+    """What a person should know about the resumption."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run that came to its end."""
+        try:
+            found = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+
 @contextlib.contextmanager
-def open_run(config: Any) -> Iterator[Path]:
-    """Makes the run's folder, saves the resolved config in it, and keeps it locked. Raises UserError when it is in use."""
-    storage = storage_dir(config.storage_path)
+def open_run(config: Any) -> Iterator[RunFolder]:
+    """Makes the run's folder, or opens that of `config.resume`, saves the resolved config in it, and keeps it locked.
+
+    Raises UserError when it is in use, when there is nothing to resume, or when the config does not fit what is there.
+    """
+    storage, run_dir, resumed = find_run(config)
     storage.mkdir(parents=True, exist_ok=True)
-    with open(storage / f".{config.name}.lock", "w") as lock:
+    with open(storage / f".{run_dir.name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"run {config.name!r} is going on in {storage}; wait for it, or give this one another name="
+                f"run {run_dir.name!r} is going on in {storage}; wait for it, or give this one another name="
             ) from None
-        run_dir = storage / config.name
-        if run_dir.exists() and any(run_dir.iterdir()):
+        lines: list[str] = []
+        if resumed:
+            lines = _compare(config, run_dir)
+        elif run_dir.exists() and any(run_dir.iterdir()):
             stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(run_dir.stat().st_mtime))
-            run_dir.rename(run_dir.with_name(f"{config.name}-{stamp}"))
-        for part in ("eval", "logs"):
+            run_dir.rename(run_dir.with_name(f"{run_dir.name}-{stamp}"))
+        for part in ("eval", "logs", "checkpoints"):
             (run_dir / part).mkdir(parents=True, exist_ok=True)
-        save_resolved(config, run_dir / "config.yaml")
-        yield run_dir
+        if lines:
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            (run_dir / CONFIG).rename(run_dir / f"config-until-{stamp}.yaml")
+        if lines or not resumed:
+            save_resolved(config, run_dir / CONFIG)
+        yield RunFolder(run_dir, resumed, tuple(lines))
+
+
+def find_run(config: Any) -> tuple[Path, Path, bool]:
+    """Storage, the run's folder, and whether a run there goes on. `resume`: a run's name, its folder, or `auto`."""
+    storage = storage_dir(config.storage_path)
+    wanted = config.resume
+    if not wanted:
+        return storage, storage / config.name, False
+    if wanted == "auto":
+        folder = storage / config.name
+        return storage, folder, (folder / CONFIG).is_file()
+    folder = storage / wanted
+    if not (folder / CONFIG).is_file() and (Path(wanted).expanduser() / CONFIG).is_file():
+        folder = Path(wanted).expanduser().absolute()
+    if not (folder / CONFIG).is_file():
+        there = sorted(p.parent.name for p in storage.glob(f"*/{CONFIG}")) if storage.is_dir() else []
+        raise UserError(
+            f"resume={wanted}: there is no run {folder}; "
+            + (f"runs in {storage}: {', '.join(there[-6:])}" if there else f"{storage} holds no run")
+            + "; resume=auto goes on if there is something to go on from"
+        )
+    return folder.parent, folder, True
+
+
+FIXED = (
+    "seed", "model", "protocol", "world", "curriculum", "learner.lora", "buffer.group_size", "sampling.max_context",
+)  # fmt: skip
+"""Keys that a resumed run may not change: its checkpoint, its task order or its evaluation would mean something else."""
+_FREE = frozenset({"resume", "storage_path", "name"})
+
+
+def _compare(config: Any, run_dir: Path) -> list[str]:
+    """Lines about what differs from the run's own config. Raises UserError for a key that must not."""
+    before, now = _flat(load_saved(run_dir / CONFIG)), _flat(as_saved(config))
+    changed = sorted(k for k in now.keys() & before.keys() - _FREE if now[k] != before[k])
+    for key in changed:
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+            raise UserError(
+                f"resume={config.resume}: {key} is {now[key]!r}, the run in {run_dir} was started with {before[key]!r}; "
+                "give it as it was, or start a new run"
+            )
+    return [f"resumed with {key} {now[key]!r} (was {before[key]!r})" for key in changed]
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, dict) and values:
+        return {k: v for key, inner in values.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): values}
 
 
 @contextlib.contextmanager

@@ -1,14 +1,15 @@
-"""What a run writes down as it goes: metrics.jsonl, TensorBoard, Ray metrics, summary.json.
+"""What a run writes down as it goes: metrics.jsonl, TensorBoard, Ray metrics, Weights & Biases, summary.json.
 
 Rows of metrics.jsonl: {"kind": "train" | "eval" | "publish" | "event", "step": int, "time": unix seconds, "a/b": number}.
 
-Invariants: a row is flushed whole before the call returns; logging never ends a run (TensorBoard and Ray metrics are
+Invariants: a row is flushed whole before the call returns; logging never ends a run (TensorBoard, Ray metrics and wandb are
 dropped with one event when they fail; only the run's own folder must be writable); numbers that are not finite are
 written as null; safe to call from several threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -20,6 +21,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from cluster.errors import UserError, one_line
 
 _LOG = logging.getLogger(__name__)
 _FAMILIES = ("train", "eval", "publish")
@@ -35,14 +38,16 @@ class RunLog:
         *,
         tensorboard: bool = True,
         ray_metrics: bool = True,
+        wandb: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._wandb = _open_wandb(self.run_dir) if wandb else None
         self.path = self.run_dir / "metrics.jsonl"
         self._clock = clock
         self._lock = threading.Lock()
-        _mend_tail(self.path)
+        mend_tail(self.path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._tensorboard: Any = None if tensorboard else False
         self._ray = ray_metrics
@@ -68,19 +73,12 @@ class RunLog:
             numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in _BOOKKEEPING}
             self._to_tensorboard(kind, step, numbers)
             self._to_ray(kind, numbers)
+            self._to_wandb(kind, step, numbers)
         return row
-
-    def train(self, step: int, values: Mapping[str, float]) -> dict[str, Any]:
-        """The row of one optimiser step."""
-        return self.log("train", step, values)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> dict[str, Any]:
         """The row of one held-out evaluation: success/mean, success/low, success/high, success/n, ..."""
         return self.log("eval", step, values)
-
-    def publish(self, step: int, values: Mapping[str, float]) -> dict[str, Any]:
-        """The row of one weight publish."""
-        return self.log("publish", step, values)
 
     def event(self, step: int, message: str) -> None:
         """Something worth telling a person: a restart, a checkpoint, a warning."""
@@ -108,6 +106,10 @@ class RunLog:
             if self._tensorboard:
                 self._tensorboard.close()
             self._tensorboard = False
+            if self._wandb is not None:
+                with contextlib.suppress(Exception):
+                    self._wandb.finish()
+            self._wandb = None
 
     def __enter__(self) -> RunLog:
         return self
@@ -154,9 +156,49 @@ class RunLog:
             self._ray = False
             self._write_loss(self._step, f"Ray metrics stopped: {type(error).__name__}: {error}")
 
+    def _to_wandb(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
+        if self._wandb is None:
+            return
+        try:  # `gumshoe_step` is the x axis: wandb's own step never goes back, ours does after a restore
+            prefix = "" if kind == "train" else f"{kind}/"
+            self._wandb.log({"gumshoe_step": step, **{prefix + name: value for name, value in numbers.items()}})
+        except Exception as error:
+            self._wandb = None
+            self._write_loss(step, f"wandb log stopped: {type(error).__name__}: {error}")
+
     def _write_loss(self, step: int, message: str) -> None:
         _LOG.warning(message)
         self._write({"kind": "event", "step": step, "time": round(self._clock(), 3), "message": message})
+
+
+def _open_wandb(run_dir: Path) -> Any:
+    """A wandb run in `run_dir`/wandb that a resumed run goes on with. Raises UserError when wandb is not installed.
+
+    WANDB_PROJECT, WANDB_MODE and all else that wandb reads from the environment hold.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "train.wandb is true, but wandb is not installed; pip install wandb, or set it to false"
+        ) from None
+    project = os.environ.get("WANDB_PROJECT", "gumshoe")
+    try:
+        run = wandb.init(project=project, name=run_dir.name, id=_wandb_id(run_dir), dir=run_dir, resume="allow")
+    except Exception as error:
+        raise UserError(
+            f"wandb did not start: {one_line(error)}; set WANDB_MODE=offline or train.wandb=false"
+        ) from error
+    run.define_metric("*", step_metric="gumshoe_step")
+    return run
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """One id per run's folder, kept in it, so that a run of the same name elsewhere is another one."""
+    path = run_dir / "wandb.id"
+    if not path.is_file():
+        path.write_text(os.urandom(6).hex(), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def ray_name(name: str) -> str:
@@ -203,7 +245,7 @@ def _finite(value: Any) -> Any:
         return str(value)
 
 
-def _mend_tail(path: Path) -> None:
+def mend_tail(path: Path) -> None:
     """End a line that a crashed writer left open, so that the next row does not stick to it."""
     if path.is_file() and path.stat().st_size:
         with open(path, "rb+") as file:

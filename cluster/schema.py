@@ -16,6 +16,7 @@ from cluster.model import ModelConfig
 from cluster.rollout import RolloutConfig
 from cluster.runtime import RayConfig
 from cluster.vllm.engine import EngineConfig
+from cluster.watchdog import WatchConfig
 from cluster.world import WorldSource
 from envs.config import SandboxConfig
 from retrieval.backend import BackendConfig
@@ -82,3 +83,11 @@ class RunConfig:
     """How long, and what on the way."""
     ray: RayConfig = field(default_factory=RayConfig)
     """Which Ray."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """When an actor counts as stuck."""
+    resume: str = ""
+    """Go on with a run: its name in storage_path, its folder, or `auto` (go on if there is something to go on from)."""
+    record: bool = False
+    """Keep every scored group in the run's `groups/`, for replay."""
+    replay: str = ""
+    """Train from the recorded groups of this run (its folder), without samplers."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from agents.interfaces import Services
 from agents.types import BackendInfo, Document, Group, Hit, Query, Verdict
+from cluster.watchdog import Waits
 from retrieval.backend import BackendConfig, build_backend
 from retrieval.service import SearchService, ServiceConfig
 from rewards.config import RewardConfig
@@ -26,6 +27,10 @@ class Retrieval:
         await self._service.search([Query("self check", k=1)])
         return os.getpid(), self._service.info()
 
+    async def pulse(self) -> tuple[str, float]:
+        """For the watchdog: it waits for nobody."""
+        return "", 0.0
+
     async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
         return await self._service.search(queries)
 
@@ -42,6 +47,11 @@ class RewardServer:
     def __init__(self, reward: RewardConfig, judge: JudgeConfig) -> None:
         self._judge = make_judge(judge)
         self._reward = make_reward(reward)
+        self._waits = Waits()
+
+    async def pulse(self) -> tuple[str, float]:
+        """For the watchdog: the group it has judged for the longest time."""
+        return self._waits.oldest()
 
     async def ready(self) -> int:
         """Pid, once the judge has answered. Raises JudgeError for an endpoint that does not."""
@@ -53,4 +63,5 @@ class RewardServer:
         return self._judge.stats()
 
     async def score(self, group: Group) -> list[Verdict]:
-        return await self._reward(group, Services(judge=self._judge))
+        with self._waits(f"the judge, about group {group.id}"):
+            return await self._reward(group, Services(judge=self._judge))

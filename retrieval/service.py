@@ -50,6 +50,8 @@ class ServiceConfig:
     """Most `get` calls that run or wait; more are refused with Overloaded."""
     max_query_chars: int = 4096
     """Longest query."""
+    extra_latency_ms: float = 0.0
+    """Fault injection: every search and every get first waits this long, cached ones too. For benchmarks and tests."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_queue", "concurrency", "max_gets", "max_query_chars"):
@@ -57,6 +59,8 @@ class ServiceConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.timeout_s <= 0:
             raise ValueError(f"timeout_s is {self.timeout_s}; it must be positive")
+        if self.extra_latency_ms < 0:
+            raise ValueError(f"extra_latency_ms is {self.extra_latency_ms}; it must be 0 or more")
 
 
 class _Item:
@@ -99,6 +103,7 @@ class SearchService:
 
     async def search(self, queries: Sequence[Query], timeout_s: float | None = None) -> list[list[Hit]]:
         """Hits of each query. Raises BadQuery, Overloaded, DeadlineExceeded, Closed, or what the backend raises."""
+        await self._dawdle()
         if self._closed:
             raise Closed("the search service is closed")
         started = self._clock()
@@ -147,6 +152,7 @@ class SearchService:
 
     async def get(self, ids: Sequence[str], timeout_s: float | None = None) -> list[Document | None]:
         """Documents in the order asked, None where unknown. Raises Overloaded, DeadlineExceeded, Closed."""
+        await self._dawdle()
         if self._closed:
             raise Closed("the search service is closed")
         started = self._clock()
@@ -217,6 +223,10 @@ class SearchService:
         return stats
 
     # ------------------------------------------------------------------------------------------------ batching
+
+    async def _dawdle(self) -> None:
+        if self.config.extra_latency_ms:
+            await asyncio.sleep(self.config.extra_latency_ms / 1000)
 
     def _checked(self, query: Query, info: BackendInfo) -> Query:
         text = " ".join(unicodedata.normalize("NFC", query.text).split())

@@ -1,4 +1,7 @@
-"""Real runs of the command line for tests: started as a user starts them, watched by their metrics, always ended."""
+"""Real runs of the command line for tests: started as a user starts them, watched by their metrics, always ended.
+
+Invariant: what a run started ends with its block, also when its driver was killed and could end nothing itself.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +12,94 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @contextlib.contextmanager
 def gumshoe(*arguments: str, log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """`gumshoe ARGUMENTS` in a process group of its own, which is ended with the block."""
-    with open(log, "wb") as out:
+    """`gumshoe ARGUMENTS` in a process group of its own, which is ended with the block. `log` is written on."""
+    with open(log, "ab") as out:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "gumshoe.py"), *arguments], stdout=out, stderr=subprocess.STDOUT,
-            start_new_session=True, env={**os.environ, **(env or {})},
+            start_new_session=True, env={**os.environ, **(env or {})}, cwd=ROOT,
         )  # fmt: skip
+        started: dict[int, str] = {}
         try:
             yield process
         finally:
             for sign in (signal.SIGINT, signal.SIGKILL):
+                started |= below(process.pid)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, sign)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(30)
                     break
+            end(list(started))
+
+
+def below(pid: int) -> dict[int, str]:
+    """Titles of all processes below `pid`, by pid. Ray and vLLM set them: `ray::Buffer`, `VLLM::EngineCore`."""
+    found = {}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                found[child.pid] = " ".join(child.cmdline()) or child.name()
+    return found
+
+
+def actors(pid: int, title: str) -> list[int]:
+    """Pids of the processes below `pid` whose title begins with `title`, the oldest first."""
+    return [child for child, name in sorted(below(pid).items()) if name.startswith(title)]
+
+
+def end(pids: Sequence[int], grace_s: float = 0.0) -> list[int]:
+    """Waits until these processes are gone, and kills what is left after the grace. Returns who was left."""
+    deadline = time.monotonic() + grace_s
+    while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return left
+
+
+class Tail:
+    """The lines of a growing file of JSON records, each handed out once, when it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0
+        self._rest = b""
+
+    def new(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        with open(self._path, "rb") as file:
+            file.seek(self._read)
+            fresh = file.read()
+        self._read += len(fresh)
+        *whole, self._rest = (self._rest + fresh).split(b"\n")
+        found = []
+        for line in whole:
+            with contextlib.suppress(ValueError):  # a writer that was killed leaves a torn line
+                found.append(json.loads(line))
+        return found
 
 
 def rows(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:
-    """What the run has logged so far, a torn last line left out."""
-    path = run_dir / "metrics.jsonl"
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [r for r in found if not kind or r["kind"] == kind]
+    """What the run has logged so far."""
+    return [r for r in Tail(run_dir / "metrics.jsonl").new() if not kind or r["kind"] == kind]
+
+
+def events(run_dir: Path) -> list[str]:
+    """The lines of the run's log for people."""
+    return [r["message"] for r in rows(run_dir, "event")]
 
 
 def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> Any:

@@ -37,44 +37,125 @@ from agents.types import (
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 
-def metrics(steps: int, seed: int = 0) -> list[dict[str, Any]]:
+START = 1.7e9
+SLOTS = 5  # leases of one rollout worker at a time
+
+
+def steps_taken(steps: int, rewind: int, seed: int = 0) -> list[dict[str, float]]:
+    """When each optimiser step waited, trained, published and was settled; with `rewind`, that many steps happen twice."""
+    rng = random.Random(seed + 1)
+    died = 3 * steps // 4
+    order = [*range(1, died + 1), *range(died + 1 - rewind, steps + 1)] if rewind else list(range(1, steps + 1))
+    made, now = [], START
+    for place, step in enumerate(order):
+        now += 6.0 if rewind and place == died else 0.0  # the learner comes up again
+        wait, train, publish = 0.4 + rng.random() * 0.3, 1.1 + rng.random() * 0.2, 0.1 + rng.random() * 0.05
+        began, now = now, now + wait + train
+        made.append({"step": step, "began": began, "wait": wait, "train": train, "settled": now, "publish": publish})
+        made[-1]["checkpoint"] = 0.35 if step % 10 == 0 else 0.0
+        now += publish + made[-1]["checkpoint"]
+    return made
+
+
+def spans(steps: int, rewind: int = 5, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of spans.jsonl: learner, fleet, and three rollout workers, the second of which dies and is replaced."""
+    rng = random.Random(seed + 2)
+    taken = steps_taken(steps, rewind, seed)
+    rows: list[dict[str, Any]] = []
+
+    def add(actor: str, phase: str, began: float, took: float, step: float, **seconds: float) -> float:
+        rows.append({"actor": actor, "phase": phase, "began": began, "ended": began + took, "step": int(step)})
+        if seconds:
+            rows[-1]["seconds"] = seconds
+        return began + took
+
+    for t in taken:
+        now = add("learner", "wait", t["began"], t["wait"], t["step"])
+        parts = {"pack": 0.03, "forward": 0.3, "backward": 0.55, "optimiser": 0.12}
+        now = add("learner", "train", now, t["train"], t["step"], **{k: v * t["train"] for k, v in parts.items()})
+        add("fleet", "publish", now, t["publish"], t["step"], pause=0.6 * t["publish"])
+        now = add("learner", "publish", now, t["publish"], t["step"])
+        if t["checkpoint"]:
+            add("learner", "checkpoint", now, t["checkpoint"], t["step"])
+    end = taken[-1]["settled"]
+    dies = START + 0.87 * (end - START)
+    add("sampler-2", "start", dies - 30, 9.0, 0)
+    for name, born, gone in (
+        ("rollout-0", START, end),
+        ("rollout-1", START, dies),
+        ("rollout-2", START, end),
+        ("rollout-3", dies + 4, end),
+    ):
+        for slot in range(SLOTS):
+            now = born + 0.2 * slot
+            while True:
+                step = max((t["step"] for t in taken if t["settled"] <= now), default=0)
+                took = min(6.0, 1.2 * math.exp(rng.gauss(0, 0.5)))
+                if now + took + 0.3 > gone:
+                    break
+                now = add(name, "rollout", now, took, step, generate=5.2 * took, tools=0.9 * took)
+                now = add(name, "judge", now, 0.05 + 0.2 * rng.random(), step)
+                idle = 0.6 * rng.random() ** 3
+                if idle > 0.15 and slot == 0:
+                    add(name, "wait", now, idle, step)
+                now += idle
+    return rows
+
+
+def metrics(steps: int, seed: int = 0, rewind: int = 0) -> list[dict[str, Any]]:
     """Rows of a run that learns."""
     rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
-    trained = 0
-    for step in range(1, steps + 1):
+    trained, before = 0, {"settled": START, "publish": 0.0, "checkpoint": 0.0}
+    for t in steps_taken(steps, rewind, seed):
+        step, wait, train = int(t["step"]), t["wait"], t["train"]
         skill = 0.35 + 0.5 * (1 - math.exp(-step / (steps / 3)))
         success = min(1.0, max(0.0, skill + rng.gauss(0, 0.05)))
         rubric = min(1.0, max(0.0, 0.8 * skill + rng.gauss(0, 0.05)))
-        wait, train = 0.4 + rng.random() * 0.3, 0.9 + rng.random() * 0.2
         trained += 64
         rows.append(
             {
-                "kind": "train", "step": step, "time": 1.7e9 + 2.1 * step, "success": success,
+                "kind": "train", "step": step, "time": t["settled"], "success": success,
                 "reward/mean": 0.7 * success + 0.3 * rubric, "reward/outcome": success, "reward/rubric": rubric,
                 "episode/tokens": 420 + rng.gauss(0, 15), "episode/turns": 4 + skill, "episode/searches": 1.5 + skill,
                 "episode/opens": 1.1 + skill, "episode/cited": 2 * skill, "tokens_per_s": 3000 + rng.gauss(0, 200),
-                "staleness/mean": 0.6 + rng.random() * 0.3, "staleness/max": 1, "time/step_s": wait + train + 0.2,
-                "time/wait_s": wait, "time/train_s": train, "loss": 0.02 * rng.gauss(0, 1), "grad_norm": 0.4 + rng.random() * 0.2,
+                "staleness/mean": 0.6 + rng.random() * 0.3, "staleness/max": 1, "time/step_s": t["settled"] - before["settled"],
+                "time/wait_s": wait, "time/train_s": train, "time/pack_s": 0.03 * train, "time/forward_s": 0.3 * train,
+                "time/backward_s": 0.55 * train, "time/optimiser_s": 0.12 * train, "time/publish_s": before["publish"],
+                "time/checkpoint_s": before["checkpoint"], "rollout/generate_s": 1.0 + rng.random() * 0.2, "rollout/tools_s": 0.2,
+                "rollout/judge_s": 0.15, "rollout/wall_s": 1.7 + rng.random() * 0.4, "rollout/wait_s": 0.5, "loss": 0.02 * rng.gauss(0, 1), "grad_norm": 0.4 + rng.random() * 0.2,
                 "entropy": 0.8 * math.exp(-step / steps), "mismatch/kl_k3": 1e-5 * (1 + rng.random()), "ratio/mean": 1.0,
                 "ratio/p99": 1.02 + rng.random() * 0.02, "ratio/max": 1.2 + rng.random() * 0.2,
                 "groups/zero_spread": 2 + rng.randrange(3), "masked/icepop": rng.randrange(5), "stop/answered": 58 + rng.randrange(4),
                 "stop/turn_limit": rng.randrange(4), "stop/malformed": rng.randrange(2), "ledger/admitted": trained + 100,
                 "ledger/running": 60, "ledger/ready": 24, "ledger/in_batch": 0, "ledger/trained": trained, "ledger/dropped": 16,
-                "dropped/stale": 16, "time/elapsed_s": 2.1 * step,
+                "dropped/stale": 16, "time/elapsed_s": t["settled"] - START,
             }
         )  # fmt: skip
+        rows.append(
+            {"kind": "publish", "step": step, "time": t["settled"] + t["publish"], "time/publish_s": t["publish"]}
+        )
+        before = t
         if step % (steps // 4) == 0:
             low, high = max(0.0, skill - 0.07), min(1.0, skill + 0.07)
             rows.append(
-                {"kind": "eval", "step": step, "time": 1.7e9 + 2.1 * step, "label": f"step-{step}", "success/mean": skill, "success/low": low,
+                {"kind": "eval", "step": step, "time": t["settled"] + 0.2, "label": f"step-{step}", "success/mean": skill, "success/low": low,
                  "success/high": high, "success/n": 64, "success/hops_2": min(1.0, skill + 0.08), "success/hops_3": skill - 0.06}
             )  # fmt: skip
     rows.insert(0, {"kind": "eval", "step": 0, "time": 1.7e9, "success/mean": 0.34, "success/low": 0.28, "success/high": 0.41, "success/n": 200,
                     "success/hops_2": 0.42, "success/hops_3": 0.25})  # fmt: skip
     rows.append(
-        {"kind": "event", "step": steps // 2, "time": 1.7e9 + 60, "message": f"sampler-1 was restarted {HOSTILE}"}
+        {"kind": "event", "step": steps // 2, "time": START + 60, "message": f"sampler-1 was restarted {HOSTILE}"}
     )
+    if rewind:
+        end = before["settled"]
+        dies = START + 0.87 * (end - START)
+        told = (
+            (dies - 30, "sampler-1 was fenced: its engine process is gone"),
+            (dies - 21, "sampler-2 took its place with weights v0.37"),
+            (dies, "rollout-1 died with 5 leases, which are leased again; rollout-3 took its place"),
+        )
+        rows += [{"kind": "event", "step": int(0.8 * steps), "time": at, "message": message} for at, message in told]
     return rows
 
 
@@ -188,11 +269,24 @@ def group(hostile: str = "") -> tuple[Group, list[str]]:
     return Group("g1", task, tuple(Member(t) for t in members)), words
 
 
-def write_run(folder: Path, steps: int = 120, groups: int = 2, hostile: str = "", summary: bool = True) -> Path:
-    """Write the folder of a finished run (or, without a summary, of one that still goes on)."""
+def write_run(
+    folder: Path, steps: int = 120, groups: int = 2, hostile: str = "", summary: bool = True, rewind: int = 0
+) -> Path:
+    """Write the folder of a finished run (or, without a summary, of one that still goes on); `rewind` steps are trained twice."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row) for row in metrics(steps)]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, rows in (("metrics.jsonl", metrics(steps, rewind=rewind)), ("spans.jsonl", spans(steps, rewind))):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if hostile:
+        row = {
+            "actor": hostile,
+            "phase": hostile,
+            "began": START + 1,
+            "ended": START + 400,
+            "step": 1,
+            "seconds": {hostile: 1.0},
+        }
+        with open(folder / "spans.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
     (folder / "config.yaml").write_text(
         f"name: demo\nmodel:\n  path: configs/tiny\nnote: {hostile!r}\n", encoding="utf-8"
     )

@@ -25,6 +25,7 @@ from agents.learning.learner import Learner
 FORMAT = 1
 MANIFEST, TRAINER, WEIGHTS, EXTRA = "manifest.json", "trainer.pt", "model.safetensors", "extra.json"
 MEND = "remove this folder and resume from an earlier checkpoint"
+PREFIX, DAMAGED = "step-", "damaged-"
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -77,6 +78,51 @@ def save_checkpoint(
     return path
 
 
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a step's checkpoint; names sort by step."""
+    return f"{PREFIX}{step:06d}"
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first. Drafts and what was set aside are not among them."""
+    found = [p for p in Path(folder).glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and a line for each damaged one, which is renamed so that nobody takes it for whole.
+
+    None: there is no checkpoint at all. Raises CheckpointError when there were some and none of them is whole.
+    """
+    lines: list[str] = []
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            verify_checkpoint(path)
+            return path, lines
+        except CheckpointError as error:
+            aside = path.with_name(f"{DAMAGED}{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+            lines.append(f"checkpoint {path.name} is damaged and was set aside as {aside.name}: {error}")
+    if found:
+        raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is whole ({lines[0]}); start the run anew")
+    return None, lines
+
+
+def prune_checkpoints(folder: str | Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, and drafts that a killed writer left."""
+    for old in checkpoints(folder)[:-keep]:
+        os.rename(old, old.with_name(f".{old.name}.old"))  # half a checkpoint must not look like one
+    for draft in Path(folder).glob(f".{PREFIX}*"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def read_extra(path: str | Path) -> dict[str, Any]:
+    """What the caller of `save_checkpoint` gave as `extra`."""
+    return dict(json.loads((Path(path) / EXTRA).read_text(encoding="utf-8")))
+
+
 def load_checkpoint(path: str | Path, learner: Learner) -> dict[str, Any]:
     """Puts a checkpoint's state into the learner and returns the caller's `extra`. Every rank calls it.
 
@@ -92,8 +138,7 @@ def load_checkpoint(path: str | Path, learner: Learner) -> dict[str, Any]:
         learner.load_state_dict(state)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    value = json.loads((path / EXTRA).read_text(encoding="utf-8"))
-    return dict(value)
+    return read_extra(path)
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:

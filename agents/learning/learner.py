@@ -10,7 +10,6 @@ Invariants:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -35,7 +34,11 @@ from agents.learning.shard import (
     union_over_ranks,
     world_size,
 )
+from agents.learning.stopwatch import Stopwatch
 from agents.types import Sample
+
+PHASES = ("pack", "forward", "backward", "optimiser")
+"""What `time/train_s` is made of."""
 
 
 class Learner:
@@ -66,15 +69,17 @@ class Learner:
             betas=(config.betas[0], config.betas[1]),
             eps=config.adam_eps,
         )
+        self._watch = Stopwatch(self.model.device)
         self.packed = config.layout == "packed" or (config.layout == "auto" and self.model.packs)
 
     def step(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Trains on this rank's part of a batch. Returns flat metrics, the same on every rank.
 
         All ranks call it together, also with an empty part. Raises ValueError for samples that cannot be trained on (a
-        greedy token in the loss; aux that the loss needs and a sample lacks).
+        greedy token in the loss; aux that the loss needs and a sample lacks). `time/train_s` is this rank's wall time of the
+        step, and pack, forward, backward and optimiser (with everything after the last backward pass) are its parts.
         """
-        started = time.perf_counter()
+        self._watch = Stopwatch(self.model.device)
         for s in samples:
             if (s.temperatures[s.mask == 1] <= 0).any():
                 raise ValueError(f"sample {s.rollout_id} was sampled at temperature 0: train on sampled rollouts only")
@@ -86,6 +91,7 @@ class Learner:
             logprobs = score_logprobs(self.model, samples, self._budget, packed=self.packed, group=self.group)
             prox = {id(s): values for s, values in zip(samples, logprobs, strict=True)}
             parts = [[with_aux(s, prox_logprobs=prox[id(s)]) for s in part] for part in parts]
+            self._watch.lap("forward")
         records: list[dict[str, Tensor]] = []
         losses, norms, skipped, padded = [], [], 0, 0.0
         for part in parts:
@@ -105,7 +111,9 @@ class Learner:
         tokens, rows, positions = sum_over_ranks(
             [sum(s.num_tokens for s in samples), len(samples), padded], self.model.device, self.group
         )
-        seconds = time.perf_counter() - started
+        self._watch.lap("optimiser")
+        laps = self._watch.seconds()
+        seconds = sum(laps.values())
         metrics.update(
             {
                 "learner/samples": rows,
@@ -113,6 +121,7 @@ class Learner:
                 "learner/computed_tokens": positions,
                 "learner/tokens_per_s": tokens / seconds,
                 "time/train_s": seconds,
+                **{f"time/{phase}_s": laps.get(phase, 0.0) for phase in PHASES},
             }
         )
         return metrics
@@ -154,6 +163,7 @@ class Learner:
         # Forward-only passes come first: a backward pass afterwards lets FSDP give back what they gathered.
         for chosen, backward in ((still, False), (moving, True)):
             batches = packing.pack(samples, self._budget, packed=self.packed, coefficients=coefficients, include=chosen)
+            self._watch.lap("pack")
             if is_sharded(self.model):
                 most = int(max_over_ranks([len(batches)], device, self.group)[0])
                 batches += [packing.dummy()] * (most - len(batches))
@@ -173,6 +183,7 @@ class Learner:
                     if p.grad is not None:
                         p.grad.mul_(config.grad_clip / (norm + 1e-6))
             self.optimizer.step()
+        self._watch.lap("optimiser")
         return loss, norm, positions
 
     def _pass(self, batch: packing.MicroBatch, backward: bool) -> tuple[float, dict[str, Tensor]]:
@@ -183,9 +194,11 @@ class Learner:
             loss = (loss_N * batch.coefficients).sum()
             if not len(batch.target):
                 loss = logprobs.sum()  # 0, with a path to every weight
+        self._watch.lap("forward")
         if backward:
             # FSDP averages gradients over ranks; the coefficients already count all of them.
             (loss * world_size(self.group) if is_sharded(self.model) else loss).backward()
+            self._watch.lap("backward")
         stats = {name: values.detach() for name, values in stats.items()}
         stats["staleness"] = torch.where(batch.versions >= 0, self.batches - batch.versions, 0).float()
         return float(loss.detach()), stats

@@ -8,7 +8,8 @@ are those of the checkpoint, whatever the learner does inside (adapters, shards)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from agents.learning.config import LearnerConfig
 from agents.learning.logprobs import token_logprobs
 from agents.learning.lora import LoraLinear, apply_lora, merge
 from agents.learning.packing import MicroBatch
+
+_EXPERT = re.compile(r"(?P<stem>.*\.experts\.)(?P<index>\d+)\.(?P<kind>gate|up|down)_proj\.weight$")
 
 
 class ModelError(ValueError):
@@ -150,7 +153,8 @@ def check_model_dir(path: str | Path) -> None:
 
 
 def named_weights_for_publish(model: PolicyModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) in the checkpoint's own names: adapters merged, shards gathered, a tied head left out.
+    """(name, whole tensor) in the checkpoint's own names: adapters merged, shards gathered, experts one by one, a tied
+    head left out.
 
     Under FSDP every rank must run through the whole iterator (each step gathers). Tensors are detached and share
     memory with the model where nothing had to be computed: copy before changing the model.
@@ -166,7 +170,41 @@ def named_weights_for_publish(model: PolicyModel, dtype: torch.dtype | None = No
         if name in adapted:
             module = adapted[name]
             weight = merge(weight, full(module.lora_a), full(module.lora_b), module.scale)
-        yield name.replace(".base.", "."), weight if dtype is None else weight.to(dtype)
+        for own_name, part in _unstack(name.replace(".base.", "."), weight):
+            yield own_name, part if dtype is None else part.to(dtype)
+
+
+def stack_experts(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by their names in a checkpoint, as the model holds them: the inverse of how they are published."""
+    stacked: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, weight in weights.items():
+        match = _EXPERT.match(name)
+        if match:
+            experts.setdefault(match["stem"], {}).setdefault(int(match["index"]), {})[match["kind"]] = weight
+        else:
+            stacked[name] = weight
+    for stem, found in experts.items():
+        ordered = [found[i] for i in sorted(found)]
+        stacked[f"{stem}gate_up_proj"] = torch.stack([torch.cat([e["gate"], e["up"]]) for e in ordered])
+        stacked[f"{stem}down_proj"] = torch.stack([e["down"] for e in ordered])
+    return stacked
+
+
+def _unstack(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter as its checkpoint names it: transformers stacks the experts of a layer, with gate and up projection
+    end to end; checkpoints, and the engines that read them, have one matrix each."""
+    stem, kind = name.rpartition(".")[::2]
+    if not stem.endswith(".experts") or kind not in ("gate_up_proj", "down_proj"):
+        yield name, weight
+        return
+    for index, expert in enumerate(weight):
+        if kind == "down_proj":
+            yield f"{stem}.{index}.down_proj.weight", expert
+            continue
+        gate, up = expert.chunk(2)
+        yield f"{stem}.{index}.gate_proj.weight", gate
+        yield f"{stem}.{index}.up_proj.weight", up
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ It knows tokens only. Where traces come from is the caller's matter: a stage nam
 
 Invariants:
 - Only tokens the policy writes itself are in the loss (`mask` is True exactly there), save in a stage that says `learn_all`.
-- Same config, same streams, same number of threads: same weights.
+- Same config, same streams, same number of threads: same weights, save where a stage has a time limit.
 - The output folder is a complete Hugging Face checkpoint (the tokenizer is copied from the base), or it is not there.
 """
 
@@ -47,6 +47,8 @@ class StageConfig:
     """Learning rate at the stage's end."""
     rise_steps: int = 50
     """Steps until the peak."""
+    max_seconds: float = 0.0
+    """Wall-clock limit; 0: none. The learning rate then falls with the time, unless the steps pass faster."""
     learn_all: bool = False
     """Learn every token, also what tools return: plain language modelling, in which copying from the context forms sooner."""
 
@@ -131,10 +133,11 @@ def warmup(
     row: dict[str, Any] = {}
     for stage in config.stages:
         batches, losses = _batches(traces(stage.name), config.batch_tokens, rng, stage.learn_all), []
+        stage_began, spent_s = time.monotonic(), 0.0
         for step in range(stage.steps):
             ids, mask = next(batches)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(stage, step)
+                group["lr"] = learning_rate(stage, step, spent_s)
             logits, wanted, _ = _predict(model, ids, mask)
             loss = F.cross_entropy(logits, wanted)
             optimizer.zero_grad()
@@ -143,24 +146,30 @@ def warmup(
             optimizer.step()
             done, num_tokens = done + 1, num_tokens + ids.numel()
             losses.append(float(loss.detach()))
-            if done % config.report_every == 0 or step + 1 == stage.steps:
+            spent_s = time.monotonic() - stage_began
+            over = step + 1 == stage.steps or 0 < stage.max_seconds <= spent_s
+            if done % config.report_every == 0 or over:
                 row = {
                     "stage": stage.name, "step": done, "loss": sum(losses) / len(losses), "seconds": time.monotonic() - began,
                     "tokens": num_tokens, **measure(model, checks, roles or {}),
                 }  # fmt: skip
                 progress(row)
                 losses.clear()
+            if over:
+                break
     settings = {name: value for name, value in asdict(config).items() if name != "base"}  # a folder of one machine
     summary = {"config": settings, "parameters": sum(p.numel() for p in model.parameters()), **row}
     _save(model, config, target, summary)
     return summary
 
 
-def learning_rate(stage: StageConfig, step: int) -> float:
-    """Learning rate of a stage at `step` (from 0)."""
+def learning_rate(stage: StageConfig, step: int, spent_s: float = 0.0) -> float:
+    """Learning rate of a stage at `step` (from 0), `spent_s` seconds after its start."""
     if step < stage.rise_steps:
         return stage.lr * (step + 1) / stage.rise_steps
     share = (step - stage.rise_steps) / max(1, stage.steps - stage.rise_steps)
+    if stage.max_seconds > 0:
+        share = min(1.0, max(share, spent_s / stage.max_seconds))
     return stage.final_lr + (stage.lr - stage.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agents.report.charts import Chart, Mark, Series, area_chart, interval_chart, line_chart, share_bar, short
+from agents.report import charts as draw
+from agents.report.charts import Chart, Mark, Series, interval_chart, share_bar, short
+from agents.report.findings import LIMIT, findings
+from agents.report.gantt import windows
 from agents.report.load import RunData, load_run, number
 from agents.report.timeline import group_view
+from agents.report.timeuse import actor_table, colour, duration, time_charts
 
 _HERE = Path(__file__).parent
+TIMELINE = ("wait", "train", "publish", "checkpoint", "rollout", "judge", "start")
+"""Phases with a colour of their own on the timeline."""
 _LEDGER = ("running", "ready", "in_batch", "trained", "dropped")
 
 
@@ -57,10 +64,15 @@ def render(run: RunData) -> str:
         headline=headline(run),
         facts=facts(run),
         charts=charts(run),
+        limits=[f for f in findings(run.rows, run.spans, finished=True) if f.rank == LIMIT][:2],
+        time_charts=time_charts(run, breaks(run)),
+        windows=windows(run),
+        phase_keys=[(colour(p), p) for p in TIMELINE if any(s.phase == p for s in run.spans)],
+        actors=actor_table(run),
         ledger=ledger(run),
         phases=phases(run),
         groups=groups,
-        events=[{**e, "clock": _clock(e.get("time"))} for e in run.events[-200:]],
+        events=[{**e, "clock": _clock(e.get("time"))} for e in events(run)[-200:]],
         made=time.strftime("%Y-%m-%d %H:%M"),
     )
 
@@ -105,7 +117,7 @@ def facts(run: RunData) -> list[tuple[str, str]]:
     if total is None and len(run.train) > 1:
         total = (number(run.train[-1], "time") or 0) - (number(run.train[0], "time") or 0)
     if total:
-        made.append(("duration", _duration(float(total))))
+        made.append(("duration", duration(float(total))))
     rate = [v for r in run.train if (v := number(r, "tokens_per_s")) is not None]
     if rate:
         made.append(("tokens per second", short(sum(rate) / len(rate))))
@@ -120,6 +132,7 @@ def facts(run: RunData) -> list[tuple[str, str]]:
 def charts(run: RunData) -> list[Chart]:
     """The learning curves, the telling ones first; what a run did not log is left out."""
     rows = run.train
+    line_chart, area_chart = partial(draw.line_chart, breaks=breaks(run)), partial(draw.area_chart, breaks=breaks(run))
 
     def series(*keys: str, names: dict[str, str] | None = None, smooth: bool = True) -> list[Series]:
         return [
@@ -127,7 +140,6 @@ def charts(run: RunData) -> list[Chart]:
         ]
 
     rewards = [k for k in _keys(rows, "reward/") if k != "reward/mean"]
-    waits = [k for k in _keys(rows, "time/") if k not in ("time/step_s", "time/elapsed_s")]
     marks = [
         Mark(e["step"], m, lo if lo is not None else m, hi if hi is not None else m, str(e.get("label", "")))
         for e in run.evals
@@ -143,7 +155,6 @@ def charts(run: RunData) -> list[Chart]:
         ),
         line_chart("Reward", series("reward/mean", *rewards), note="Mean over a batch, and its parts."),
         line_chart("Held-out success by difficulty", by_hops, bounds=(0.0, 1.0), note="The same frozen tasks, by hops.") if len(hops) > 1 else None,
-        _step_time(rows, waits),
         line_chart("Throughput", series("tokens_per_s", names={"tokens_per_s": "tokens"}), unit="tokens/s"),
         line_chart("Staleness", series("staleness/mean", "staleness/max"), note="Optimiser steps between sampling and training."),
         line_chart(
@@ -164,6 +175,17 @@ def charts(run: RunData) -> list[Chart]:
         line_chart("Left out of the loss", series(*_keys(rows, "masked/")), note="By cause."),
     ]  # fmt: skip
     return [c for c in made if c is not None]
+
+
+def events(run: RunData) -> list[dict[str, Any]]:
+    """What was written for people, and the rewinds, in order of time."""
+    back = [{"step": r.kept, "time": r.time, "message": r.text, "rewind": True} for r in run.rewinds]
+    return sorted([*run.events, *back], key=lambda e: number(e, "time") or 0.0)
+
+
+def breaks(run: RunData) -> list[tuple[float, str]]:
+    """Where curves go on from an earlier state."""
+    return [(float(r.kept), r.text) for r in run.rewinds]
 
 
 def ledger(run: RunData) -> dict[str, Any] | None:
@@ -193,25 +215,7 @@ def phases(run: RunData) -> list[tuple[str, str, float]]:
         (str(k).replace("_", " "), float(v)) for k, v in seconds.items() if isinstance(v, (int, float)) and k != "total"
     ]
     longest = max((v for _, v in found), default=0.0) or 1.0
-    return [(name, _duration(v), 100 * v / longest) for name, v in found]
-
-
-def _step_time(rows: list[dict[str, Any]], waits: list[str]) -> Chart | None:
-    """Step time as stacked parts where they fit into the step, as lines where they overlap."""
-    if not waits:
-        return line_chart("Step time", [Series("step", _points(rows, "time/step_s"))], unit="s")
-    names = [k.removeprefix("time/").removesuffix("_s").replace("_", " ") for k in waits]
-    parts = [Series(n, _points(rows, k)) for n, k in zip(names, waits, strict=True)]
-    steps = dict(_points(rows, "time/step_s"))
-    rest = []
-    for step, whole in steps.items():
-        left = whole - sum(dict(p.points).get(step, 0.0) for p in parts)
-        if left < -0.02 * whole:
-            return line_chart("Step time", [Series("step", _points(rows, "time/step_s")), *parts], unit="s")
-        rest.append((step, max(0.0, left)))
-    if steps:
-        parts.append(Series("other", rest))
-    return area_chart("Step time", parts, unit="s", note="Where the seconds of a step go.")
+    return [(name, duration(v), 100 * v / longest) for name, v in found]
 
 
 def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -231,13 +235,6 @@ def _success(found: Any) -> tuple[float, float, float, int] | None:
     mean = number(found, "mean") or 0.0
     low, high = number(found, "low"), number(found, "high")
     return mean, mean if low is None else low, mean if high is None else high, int(number(found, "n") or 0)
-
-
-def _duration(seconds: float) -> str:
-    whole = max(0, round(seconds))
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{seconds:.1f} s"
 
 
 def _clock(at: Any) -> str:

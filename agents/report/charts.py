@@ -27,6 +27,8 @@ class Series:
     points: Sequence[tuple[float, float]]
     smooth: bool = True
     """Draw a running mean over a faint raw line when there are many points."""
+    cls: str = ""
+    """Class of its colour; by its place in the chart when empty."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,12 @@ def line_chart(
     unit: str = "",
     note: str = "",
     bounds: tuple[float, float] | None = None,
+    breaks: Sequence[tuple[float, str]] = (),
 ) -> Chart | None:
-    """Curves over steps; None when there is nothing to draw. `bounds` fixes the range of values."""
+    """Curves over steps; None when there is nothing to draw. `bounds` fixes the range of values.
+
+    `breaks`: (step, text) of steps after which training went on from an earlier state.
+    """
     drawn = [Series(s.name, thin(s.points), s.smooth) for s in series if s.points]
     if not drawn and not marks:
         return None
@@ -70,7 +76,7 @@ def line_chart(
     steps = [x for s in drawn for x, _ in s.points] + [m.step for m in marks]
     low, high = bounds or _range(values)
     axes = _Axes(min(steps), max(steps), low, high)
-    body = [axes.grid()]
+    body = [axes.grid(), axes.breaks(breaks)]
     legend: list[tuple[str, str, str]] = []
     lines: list[dict[str, Any]] = []
     for index, s in enumerate(drawn, start=1):
@@ -93,11 +99,19 @@ def line_chart(
         lines.append(
             {"name": marks_name, "class": f"{cls} mark", "points": [[m.step, m.mean] for m in marks], "sparse": True}
         )
-    return Chart(title, note, _svg(title, body, series_text(drawn, marks, unit)), legend, axes.data(lines, unit))
+    return Chart(title, note, svg(title, body, series_text(drawn, marks, unit)), legend, axes.data(lines, unit))
 
 
-def area_chart(title: str, series: Sequence[Series], *, unit: str = "", note: str = "") -> Chart | None:
-    """Areas stacked on one another, the first at the bottom."""
+def area_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    unit: str = "",
+    note: str = "",
+    breaks: Sequence[tuple[float, str]] = (),
+    cut: float | None = None,
+) -> Chart | None:
+    """Areas stacked on one another, the first at the bottom; what reaches above `cut` is cut off there."""
     drawn = [s for s in series if s.points]
     steps = sorted({x for s in drawn for x, _ in s.points})
     if not steps or len(steps) < 2:
@@ -106,21 +120,22 @@ def area_chart(title: str, series: Sequence[Series], *, unit: str = "", note: st
     columns = [thin([(x, max(0.0, column.get(x, 0.0))) for x in steps]) for column in table]
     base = [0.0] * len(columns[0])
     layers: list[tuple[int, list[tuple[float, float]], list[float]]] = []
-    for index, column in enumerate(columns, start=1):
+    for index, column in enumerate(columns):
         top = [b + y for b, (_, y) in zip(base, column, strict=True)]
         layers.append((index, [(x, t) for (x, _), t in zip(column, top, strict=True)], base))
         base = top
-    axes = _Axes(steps[0], steps[-1], 0.0, _range([0.0, *base])[1])
+    axes = _Axes(steps[0], steps[-1], 0.0, _range([0.0, *base])[1] if cut is None else cut)
     body = [axes.grid()]
     legend: list[tuple[str, str, str]] = []
     lines: list[dict[str, Any]] = []
     for index, top_line, under in layers:
         back = [(x, b) for (x, _), b in reversed(list(zip(top_line, under, strict=True)))]
-        body.append(f'<path class="area s{index}" d="{axes.path([*top_line, *back])} Z"/>')
-        name = drawn[index - 1].name
-        legend.append((f"s{index}", name, short(columns[index - 1][-1][1], unit)))
-        lines.append({"name": name, "class": f"s{index}", "points": [[x, y] for x, y in columns[index - 1]]})
-    return Chart(title, note, _svg(title, body, series_text(drawn, (), unit)), legend, axes.data(lines, unit))
+        cls, name = drawn[index].cls or f"s{index + 1}", drawn[index].name
+        body.append(f'<path class="area {cls}" d="{axes.path([*top_line, *back])} Z"/>')
+        legend.append((cls, name, short(columns[index][-1][1], unit)))
+        lines.append({"name": name, "class": cls, "points": [[x, y] for x, y in columns[index]]})
+    body.append(axes.breaks(breaks))
+    return Chart(title, note, svg(title, body, series_text(drawn, (), unit)), legend, axes.data(lines, unit))
 
 
 def interval_chart(rows: Sequence[tuple[str, float, float, float]]) -> str:
@@ -142,7 +157,7 @@ def interval_chart(rows: Sequence[tuple[str, float, float, float]]) -> str:
         body.append(f'<line class="interval {cls}" x1="{x(low)}" x2="{x(high)}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(f'<circle class="point {cls}" cx="{x(mean)}" cy="{y:.1f}" r="6"/>')
     text = "; ".join(f"{name} {mean:.3f}, interval {low:.3f} to {high:.3f}" for name, mean, low, high in rows)
-    return _svg("Success on held-out tasks", body, text, width, height)
+    return svg("Success on held-out tasks", body, text, width, height)
 
 
 def share_bar(parts: Sequence[tuple[str, float]]) -> str:
@@ -158,7 +173,7 @@ def share_bar(parts: Sequence[tuple[str, float]]) -> str:
             )
         at += width
     text = "; ".join(f"{name} {value:g}" for name, value in parts)
-    return _svg("Ledger", body, text, WIDTH, 14).replace("<svg ", '<svg preserveAspectRatio="none" ', 1)
+    return svg("Ledger", body, text, WIDTH, 14).replace("<svg ", '<svg preserveAspectRatio="none" ', 1)
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
@@ -213,8 +228,8 @@ class _Axes:
 
     def __init__(self, first: float, last: float, low: float, high: float) -> None:
         self.first, self.last = first, last if last > first else first + 1
-        ticks = _ticks(low, high)
-        self.low, self.high, self.ticks = min(low, ticks[0]), max(high, ticks[-1]), ticks
+        self.ticks = ticks(low, high)
+        self.low, self.high = min(low, self.ticks[0]), max(high, self.ticks[-1])
 
     def x(self, step: float) -> str:
         return f"{LEFT + (WIDTH - LEFT - RIGHT) * (step - self.first) / (self.last - self.first):.1f}"
@@ -234,12 +249,20 @@ class _Axes:
             made.append(
                 f'<text class="tick" x="{LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{short(tick)}</text>'
             )
-        steps = [t for t in _ticks(self.first, self.last, 5) if t == int(t) and self.first <= t <= self.last]
+        steps = [t for t in ticks(self.first, self.last, 5) if t == int(t) and self.first <= t <= self.last]
         for tick in steps:
             made.append(
                 f'<text class="tick" x="{self.x(tick)}" y="{HEIGHT - 8}" text-anchor="middle">{short(tick)}</text>'
             )
         return "".join(made)
+
+    def breaks(self, found: Sequence[tuple[float, str]]) -> str:
+        return "".join(
+            f'<line class="break" x1="{self.x(step)}" x2="{self.x(step)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
+            f"<title>{escape(text)}</title></line>"
+            for step, text in found
+            if self.first <= step <= self.last
+        )
 
     def data(self, lines: list[dict[str, Any]], unit: str) -> str:
         box = {"left": LEFT, "right": WIDTH - RIGHT, "first": self.first, "last": self.last}
@@ -258,7 +281,7 @@ def _marks(axes: _Axes, marks: Sequence[Mark], cls: str) -> str:
     return "".join(made)
 
 
-def _svg(title: str, body: Sequence[str], text: str, width: float = WIDTH, height: float = HEIGHT) -> str:
+def svg(title: str, body: Sequence[str], text: str, width: float = WIDTH, height: float = HEIGHT) -> str:
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}. {escape(text)}">'
         f"{''.join(body)}</svg>"
@@ -275,7 +298,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _ticks(low: float, high: float, count: int = 4) -> list[float]:
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that span [low, high]."""
     if high <= low:
         high = low + 1.0

@@ -1,19 +1,22 @@
 """What a report is made of: the files of a run's folder, read leniently, for a run may still be going or have crashed.
 
 Invariants: nothing here fails because a file is missing or its end is torn; each such thing is one line in `notes`;
-rows of a step that was trained again after a restore replace the earlier ones.
+rows of a step that was trained again after a restore replace the earlier ones, and the restore is one of `rewinds`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agents.plain import from_plain
 from agents.recordfile import RecordReader
+from agents.report.spans import Span, read_spans, seconds_by
 from agents.types import Group, RecordError
 
 
@@ -26,13 +29,33 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Rewind:
+    """The learner went back: `reached` was its last step, `kept` the one it went on from."""
+
+    reached: int
+    kept: int
+    time: float
+
+    @property
+    def text(self) -> str:
+        again = self.reached - self.kept
+        steps = f"step {self.reached} was" if again == 1 else f"steps {self.kept + 1} to {self.reached} were"
+        return f"the learner went back from step {self.reached} to step {self.kept}: {steps} trained again, and the later values count"
+
+
+@dataclass(frozen=True)
 class RunData:
     """Everything a report shows."""
 
     name: str
+    rows: list[dict[str, Any]]
+    """All rows of metrics.jsonl, as they were written."""
     train: list[dict[str, Any]]
+    settled: list[tuple[float, int]]
+    """(time, step) of every optimiser step in order of time, those that were lost to a rewind too."""
+    rewinds: list[Rewind]
+    spans: list[Span]
     evals: list[dict[str, Any]]
-    publishes: list[dict[str, Any]]
     events: list[dict[str, Any]]
     summary: dict[str, Any]
     config: str
@@ -52,11 +75,16 @@ def load_run(run_dir: str | Path, max_groups: int = 8) -> RunData:
         raise RecordError(
             f"{folder} holds no run (no metrics.jsonl, summary.json or trajectories.jsonl); give the folder of a run, such as runs/demo"
         )
+    train = [r for r in rows if r["kind"] == "train"]
+    publishes, spans = [r for r in rows if r["kind"] == "publish"], read_spans(folder)
     return RunData(
         name=folder.resolve().name,
-        train=_by_step([r for r in rows if r["kind"] == "train"]),
+        rows=rows,
+        train=_by_step(whole_steps(train, publishes, spans)),
+        settled=[(at, r["step"]) for r in train if (at := number(r, "time")) is not None],
+        rewinds=rewinds(train),
+        spans=spans,
         evals=sorted((r for r in rows if r["kind"] == "eval"), key=lambda r: r["step"]),
-        publishes=[r for r in rows if r["kind"] == "publish"],
         events=[r for r in rows if r["kind"] == "event"],
         summary=summary,
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
@@ -71,6 +99,35 @@ def number(row: dict[str, Any], key: str) -> float | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return None
+
+
+def whole_steps(
+    train: Sequence[dict[str, Any]], publishes: Sequence[dict[str, Any]], spans: Sequence[Span]
+) -> list[dict[str, Any]]:
+    """Training rows with the publish and the checkpoint that lay within them.
+
+    A step lasts from one settled batch to the next, so what it began with is the publish of the step before.
+    """
+    publish = {r["step"]: v for r in publishes if (v := number(r, "time/publish_s")) is not None}
+    spent = seconds_by(s for s in spans if s.actor == "learner")
+    made = []
+    for row in train:
+        before = row["step"] - 1
+        found = {
+            "time/publish_s": publish.get(before),
+            "time/checkpoint_s": spent.get((before, "learner", "checkpoint")),
+        }
+        made.append({**{k: v for k, v in found.items() if v is not None}, **row})
+    return made
+
+
+def rewinds(train: Sequence[dict[str, Any]]) -> list[Rewind]:
+    """Where training rows, in the order they were written, go back."""
+    found: list[Rewind] = []
+    for before, row in itertools.pairwise(train):
+        if row["step"] <= before["step"]:
+            found.append(Rewind(before["step"], row["step"] - 1, number(row, "time") or 0.0))
+    return found
 
 
 def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:

@@ -57,6 +57,50 @@
     });
     figure.addEventListener("blur", hide);
   }
+  for (const figure of document.querySelectorAll("figure.gantt")) {
+    const bars = Array.from(figure.querySelectorAll("[data-t]"));
+    const tip = figure.querySelector(".tip");
+    let index = -1;
+    const hide = () => {
+      tip.hidden = true;
+      bars.forEach((bar) => bar.classList.remove("on"));
+    };
+    const show = (bar, byKey) => {
+      hide();
+      index = bars.indexOf(bar);
+      bar.classList.add("on");
+      if (byKey) bar.scrollIntoView({ block: "nearest", inline: "nearest" });
+      tip.textContent = (bar.parentNode.dataset.a ? bar.parentNode.dataset.a + " · " : "") + bar.dataset.t;
+      tip.hidden = false;
+      const frame = figure.getBoundingClientRect(), box = bar.getBoundingClientRect();
+      const x = Math.min(Math.max(0, box.left - frame.left), frame.width - tip.offsetWidth);
+      const above = box.top - frame.top - tip.offsetHeight - 6;
+      tip.style.transform = "translate(" + Math.max(0, x) + "px," + (above < 0 ? box.bottom - frame.top + 6 : above) + "px)";
+    };
+    figure.addEventListener("pointerover", (event) => {
+      const bar = event.target.closest("[data-t]");
+      if (bar) show(bar); else hide();
+    });
+    figure.addEventListener("pointerleave", hide);
+    figure.addEventListener("blur", hide);
+    figure.addEventListener("keydown", (event) => {
+      const jump = { ArrowLeft: index - 1, ArrowRight: index + 1, Home: 0, End: bars.length - 1 }[event.key];
+      if (jump === undefined || !bars.length) return;
+      event.preventDefault();
+      show(bars[Math.max(0, Math.min(bars.length - 1, jump))], true);
+    });
+  }
+  for (const frame of document.querySelectorAll(".timeframe")) {
+    const figures = Array.from(frame.querySelectorAll("figure.gantt"));
+    const buttons = Array.from(frame.querySelectorAll("[data-leaf]"));
+    const leaf = (by) => {
+      const at = Math.max(0, Math.min(figures.length - 1, figures.findIndex((f) => !f.hidden) + by));
+      figures.forEach((f, i) => { f.hidden = i !== at; });
+      buttons.forEach((b) => { b.disabled = b.dataset.leaf === "1" ? at === figures.length - 1 : at === 0; });
+    };
+    buttons.forEach((b) => b.addEventListener("click", () => leaf(Number(b.dataset.leaf))));
+    leaf(0);
+  }
   for (const tools of document.querySelectorAll(".tools")) {
     tools.hidden = false;
     tools.addEventListener("click", (event) => {

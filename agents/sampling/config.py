@@ -15,7 +15,9 @@ class SamplingConfig:
     temperature: float = 1.0
     """Sampling temperature in training."""
     top_p: float = 1.0
-    """Must stay 1 in training: truncated sampling biases the sampler/learner ratio unless its mask is replayed."""
+    """Nucleus sampling; must stay 1 (none): see `check`."""
+    top_k: int = -1
+    """Most likely tokens to sample from; must stay -1 (all): see `check`."""
     max_turn_tokens: int = 1024
     """Most tokens of one policy turn."""
     max_context: int = 4096
@@ -36,10 +38,15 @@ class SamplingConfig:
             raise ValueError(f"on_length {self.on_length!r} is not one of {', '.join(ON_LENGTH)}")
         if self.temperature <= 0:
             raise ValueError(f"sampling.temperature is {self.temperature}; training needs a temperature above 0")
-        if self.top_p != 1.0:
-            raise ValueError(
-                f"sampling.top_p is {self.top_p}; only 1 can be trained on: the sampling mask is not replayed"
-            )
         for name in ("max_turn_tokens", "max_context", "max_turns", "max_malformed"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def check(self) -> None:
+        """Raises ValueError, one line, for truncated sampling, evaluations included: they are played by the same samplers."""
+        for name, off in (("top_p", 1.0), ("top_k", -1)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"sampling.{name} is {getattr(self, name)}: the sampler would renormalise over the tokens that are left and the"
+                    f" learner would not, so their ratio would be biased (no mask is replayed); set sampling.{name}={off:g}"
+                )

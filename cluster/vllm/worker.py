@@ -100,6 +100,7 @@ class ShmTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         tied = bool(optional_names(self.model_config.hf_config))
         tied_modules = _tied_modules(self.model)
         with torch.no_grad():
+            _forget_packed_experts(self.model)
             initialize_layerwise_reload(self.model)
             self.model.load_weights(
                 (name, tensor) for name, tensor in reader.tensors() if not (tied and name == _TIED_NAME)
@@ -202,6 +203,19 @@ def _renew_tied(pairs: list[tuple[torch.nn.Module, torch.nn.Module]]) -> None:
         quant_method = getattr(follower, "quant_method", None)
         if quant_method is not None and owner.weight.device.type == "cpu":
             quant_method.process_weights_after_loading(follower)
+
+
+def _forget_packed_experts(model: torch.nn.Module) -> None:
+    """Let the layers of a mixture of experts pack what they are about to load as they did at the start.
+
+    vLLM takes a layer that has its kernel for one whose weights need no packing any more. On CPU they do: the packed
+    form of the old weights would be filled with plain new ones, which the kernel reads in another order.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        experts = getattr(module, "w13_weight", None)
+        if method is not None and experts is not None and experts.device.type == "cpu":
+            method.moe_kernel = None
 
 
 def _live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from agents.curriculum import Uniform
 from agents.learning.config import LearnerConfig
 from agents.learning.learner import Learner
 from agents.types import Task, Version
-from cluster.buffer import Buffer, BufferConfig
+from cluster.buffer import Buffer, BufferConfig, BufferSetup
 from tests.builders import a_group
 from tests.reference_loop import reference_optimizer, reference_step
 
@@ -40,18 +40,20 @@ async def test_staleness_zero_equals_a_plain_synchronous_loop():
     pipeline, plain = tiny_model(), tiny_model()
     assert all(torch.equal(a, b) for a, b in zip(pipeline.parameters(), plain.parameters(), strict=True))
 
-    buffer = Buffer(BufferConfig(0, GROUPS, SIZE), ADVANTAGE, Uniform(TASKS, seed=3), steps=STEPS)
+    buffer = Buffer(BufferSetup(BufferConfig(0, GROUPS, SIZE), ADVANTAGE, STEPS), Uniform(TASKS, seed=3))
+    await buffer.enter(None)
+    await buffer.published(0, 0, {})
     learner = Learner(pipeline, config)
     through_the_pipeline = []
     for step in range(STEPS):
         while (lease := await buffer.lease("w", 0.01)) is not None:
             assert await buffer.put(lease.id, [recorded(lease.task, lease.id, step)])
-        batch = await buffer.next_batch(step)
+        batch = await buffer.next_batch(0, step)
         assert batch.stats["staleness/max"] == 0
         metrics = learner.step(list(batch.shards[0]))
         through_the_pipeline.append((metrics["loss"], metrics["grad_norm"]))
-        await buffer.settle(step, {})
-        await buffer.published(step + 1, {})
+        await buffer.settle(0, step, {})
+        await buffer.published(0, step + 1, {})
         assert batch.last == (step == STEPS - 1)
 
     order, optimizer, synchronous = Uniform(TASKS, seed=3), reference_optimizer(plain, config), []

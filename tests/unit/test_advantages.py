@@ -37,6 +37,7 @@ from agents.types import (
 
 CONFIG = AdvantageConfig()
 TASK = Task("t", "Who?", answers=("x",))
+CENTRED = sorted(set(ADVANTAGES) - {"raft"})
 
 
 def trajectory(
@@ -103,13 +104,13 @@ def test_cgrpo_variants() -> None:
         cgrpo_rewards(outcome, rubric, normalise="best")
 
 
-@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+@pytest.mark.parametrize("name", CENTRED)
 @given(value=st.floats(-1e3, 1e3), size=st.integers(1, 9))
 def test_equal_rewards_and_single_members_teach_nothing(name: str, value: float, size: int) -> None:
     assert not ADVANTAGES[name](np.full(size, value), CONFIG).any()
 
 
-@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+@pytest.mark.parametrize("name", CENTRED)
 @given(values=st.lists(st.floats(-10, 10), min_size=2, max_size=8), shift=st.floats(-5, 5))
 def test_advantages_centre_and_ignore_a_shift(name: str, values: list[float], shift: float) -> None:
     config = AdvantageConfig(eps=1e-2)  # a large eps: the identity must not hang on tiny spreads
@@ -119,6 +120,34 @@ def test_advantages_centre_and_ignore_a_shift(name: str, values: list[float], sh
     assert np.all(
         np.argsort(values, kind="stable")[-1:] == np.argsort(base, kind="stable")[-1:]
     ) or base.max() == pytest.approx(base[int(np.argmax(values))])
+
+
+def test_raft_accepts_right_rollouts_and_nothing_else_counts() -> None:
+    config = AdvantageConfig("raft")
+    scored = group(
+        Verdict(0.3, {"outcome": 1.0, "rubric": 0.0}), Verdict(0.9, {"outcome": 0.0, "rubric": 1.0}),
+        Verdict.unavailable("outcome", "judge_timeout"), Verdict(0.9, {"outcome": 0.9}),
+    )  # fmt: skip
+    assert group_advantages(scored, config) == [1.0, 0.0, None, 0.0]
+    right = group(Verdict(1.0, {"outcome": 1.0}), Verdict(1.0, {"outcome": 1.0}))
+    assert group_advantages(right, config) == [1.0, 1.0]  # no baseline: a group of right ones still teaches
+    assert [s.advantages.max() for s in to_samples(right, config)[0]] == [1.0, 1.0]
+    with pytest.raises(RecordError, match=r"raft needs the verdict parts outcome; .* lacks outcome"):
+        group_advantages(group(Verdict(1.0, {"f1": 1.0})), config)
+    with pytest.raises(ValueError, match="drop_zero_spread"):
+        group_advantages(right, AdvantageConfig("raft", drop_zero_spread=True))
+
+
+def test_raft_has_the_gradient_of_the_log_likelihood_of_accepted_samples() -> None:
+    torch = pytest.importorskip("torch")
+    from agents.learning.config import LossConfig
+    from agents.learning.loss import Tokens, clipped
+
+    logprobs = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
+    tokens = Tokens(torch.tensor([-0.4, -1.3, -2.0]), torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0, 0, 1]))
+    loss, _ = clipped(logprobs, torch.zeros(3), tokens, LossConfig(mismatch="none"))
+    loss.sum().backward()
+    assert logprobs.grad.tolist() == [-1.0, -1.0, 0.0]
 
 
 def test_masked_members_leave_the_baseline() -> None:
@@ -201,5 +230,5 @@ def test_zero_spread_is_flagged_and_may_be_dropped() -> None:
 
 
 def test_unknown_advantage_is_one_clear_line() -> None:
-    with pytest.raises(ValueError, match=r"advantage.name 'gpro' is unknown; one of c_grpo, dr_grpo, grpo, rloo"):
+    with pytest.raises(ValueError, match=r"advantage.name 'gpro' is unknown; one of c_grpo, dr_grpo, grpo, raft, rloo"):
         group_advantages(rewards(1.0, 0.0), AdvantageConfig("gpro"))

@@ -1,21 +1,39 @@
 """The buffer: admission, refusal of late results, staleness at shipping, retries of lost work."""
 
 import asyncio
+import json
 
 import pytest
 
 from agents.advantages import AdvantageConfig
 from agents.curriculum import Uniform
 from agents.types import Task, Verdict, Version
-from cluster.buffer import Buffer, BufferConfig, OutOfOrder
+from cluster.buffer import Buffer, BufferConfig, BufferSetup, Fenced, OutOfOrder, close_books
+from cluster.ledger import audit
 from tests.builders import a_group
 
 TASKS = [Task(f"t{i}", "question?", ("x",)) for i in range(5)]
 
 
-def a_buffer(max_staleness: int = 1, groups: int = 1, size: int = 2, steps: int = 100, state=None) -> Buffer:
+def a_setup(
+    max_staleness: int = 1, groups: int = 1, size: int = 2, steps: int = 100, journal="", **more
+) -> BufferSetup:
     config = BufferConfig(max_staleness=max_staleness, groups_per_batch=groups, group_size=size)
-    return Buffer(config, AdvantageConfig(), Uniform(TASKS, seed=0), steps=steps, state=state)
+    return BufferSetup(config, AdvantageConfig(), steps, journal=str(journal), **more)
+
+
+async def a_buffer(**more) -> Buffer:
+    """One whose first learner has begun and published."""
+    buffer = Buffer(a_setup(**more), Uniform(TASKS, seed=0))
+    assert await buffer.enter(None) == 0
+    await buffer.published(0, 0, {})
+    return buffer
+
+
+async def train(buffer: Buffer, step: int, incarnation: int = 0) -> None:
+    assert await buffer.next_batch(incarnation, step) is not None
+    await buffer.settle(incarnation, step, {})
+    await buffer.published(incarnation, step + 1, {})
 
 
 async def deliver(buffer: Buffer, step: int, rewards=(1.0, 0.0)):
@@ -27,35 +45,35 @@ async def deliver(buffer: Buffer, step: int, rewards=(1.0, 0.0)):
 
 
 async def test_a_batch_trains_every_member_once():
-    buffer = a_buffer()
+    buffer = await a_buffer()
     await deliver(buffer, 0)
-    batch = await buffer.next_batch(0)
+    batch = await buffer.next_batch(0, 0)
     assert batch is not None and not batch.last
     assert sorted(round(float(s.advantages.max() or s.advantages.min()), 3) for s in batch.shards[0]) == [-0.707, 0.707]
     assert batch.stats["success"] == 0.5
-    await buffer.settle(0, {"loss": 0.0})
-    await buffer.published(1, {})
+    await buffer.settle(0, 0, {"loss": 0.0})
+    await buffer.published(0, 1, {})
     counts = await buffer.counts()
     assert counts.trained == 2 and counts.balanced
     rows = await buffer.rows()
-    assert [r["kind"] for r in rows] == ["train", "publish"]
+    assert [r["kind"] for r in rows if r["kind"] in ("train", "publish")] == ["publish", "train", "publish"]
 
 
 async def test_staleness_zero_holds_admission_until_the_weights_are_out():
-    buffer = a_buffer(max_staleness=0)
+    buffer = await a_buffer(max_staleness=0)
     await deliver(buffer, 0)
     assert await buffer.lease("w", 0.05) is None
-    await buffer.next_batch(0)
-    await buffer.settle(0, {})
+    await buffer.next_batch(0, 0)
+    await buffer.settle(0, 0, {})
     assert await buffer.lease("w", 0.05) is None
     waiting = asyncio.create_task(buffer.lease("w", 5.0))
     await asyncio.sleep(0.01)
-    await buffer.published(1, {})
+    await buffer.published(0, 1, {})
     assert await waiting is not None
 
 
 async def test_a_late_result_of_a_dead_worker_is_refused_and_its_task_comes_again():
-    buffer = a_buffer()
+    buffer = await a_buffer()
     lease = await buffer.lease("dead", 0.1)
     assert await buffer.worker_lost("dead") == 1
     assert not await buffer.put(lease.id, [a_group(task=lease.task.id, group=lease.id)])
@@ -65,7 +83,7 @@ async def test_a_late_result_of_a_dead_worker_is_refused_and_its_task_comes_agai
 
 
 async def test_a_dead_worker_gets_no_lease_though_its_call_is_still_waiting():
-    buffer = a_buffer(max_staleness=0, groups=1)
+    buffer = await a_buffer(max_staleness=0, groups=1)
     assert await buffer.lease("dead", 0.1) is not None
     waiting = asyncio.create_task(buffer.lease("dead", 5.0))
     await asyncio.sleep(0.01)
@@ -75,7 +93,7 @@ async def test_a_dead_worker_gets_no_lease_though_its_call_is_still_waiting():
 
 
 async def test_infrastructure_that_fails_every_time_ends_the_run_by_name():
-    buffer = a_buffer()
+    buffer = await a_buffer()
     for _ in range(50):
         lease = await buffer.lease("w", 0.1)
         await buffer.event("lease failed: KeyError: 'reward'")
@@ -85,43 +103,166 @@ async def test_infrastructure_that_fails_every_time_ends_the_run_by_name():
 
 
 async def test_a_new_incarnation_takes_the_ledger_back_and_refuses_earlier_results():
-    buffer = a_buffer()
-    assert await buffer.enter(None) == 0
+    buffer = await a_buffer()
     await deliver(buffer, 0)
-    await buffer.next_batch(0)
-    await buffer.settle(0, {})
-    await buffer.published(1, {})
+    await train(buffer, 0)
     saved = await buffer.state()
+    await buffer.checkpointed(0, 1)
     await deliver(buffer, 1)
-    await buffer.next_batch(1)
-    await buffer.settle(1, {})
-    await buffer.published(2, {})
+    await deliver(buffer, 2)
+    await train(buffer, 1)
     running = await buffer.lease("w", 0.1)
     assert await buffer.enter(saved) == 1
     assert not await buffer.put(running.id, [a_group(task=running.task.id, group=running.id)]), (
         "of the lost incarnation"
     )
     assert await buffer.lease("w", 0.05) is None, "not before the restored weights are out"
-    await buffer.published(1, {})
-    assert (await buffer.lease("w", 0.1)).task.id == running.task.id
+    with pytest.raises(Fenced, match="replaced by learner 1"):
+        await buffer.settle(0, 2, {})
+    await buffer.published(1, 1, {})
     counts = await buffer.counts()
-    assert counts.trained == 2 and counts.dropped == {"lineage": 4}, "one batch trained since, one lease under way"
+    assert counts.trained == 2 and counts.ready == 2, (
+        "the batch trained since was sampled by an ancestor: it comes again"
+    )
+    assert counts.dropped == {"lineage": 4}, "one group of weights that are lost, one lease under way"
+    batch = await buffer.next_batch(1, 1)
+    assert batch.stats["staleness/max"] == 0
+
+
+async def test_the_order_of_tasks_goes_back_too():
+    """Drawn: t1 trained, t2 trained after the checkpoint (kept), t3 running at it. After: t3 again, then the order goes on."""
+    buffer = await a_buffer(max_staleness=2)
+    order = [t.id for t in Uniform(TASKS, seed=0).sample(5)]
+    first = await deliver(buffer, 0)
+    second = await deliver(buffer, 0)
+    third = await buffer.lease("w", 0.1)
+    assert [x.task.id for x in (first, second, third)] == order[:3]
+    await train(buffer, 0)
+    saved = await buffer.state()
+    await buffer.checkpointed(0, 1)
+    await train(buffer, 1)
+    assert (await buffer.lease("w", 0.1)).task.id == order[3]
+    await buffer.enter(saved)
+    await buffer.published(1, 1, {})
+    assert (await buffer.counts()).ready == 2, "the second one returned to ready"
+    assert [(await buffer.lease("w", 0.1)).task.id for _ in range(2)] == order[2:4]
+
+
+async def test_a_buffer_that_dies_comes_back_from_its_journal(tmp_path):
+    journal = tmp_path / "ledger.jsonl"
+    setup = a_setup(max_staleness=2, journal=journal)
+    buffer = Buffer(setup, Uniform(TASKS, seed=0))
+    await buffer.enter(None)
+    await buffer.published(0, 0, {})
+    order = [t.id for t in Uniform(TASKS, seed=0).sample(5)]
+    await deliver(buffer, 0)
+    await train(buffer, 0)
+    await deliver(buffer, 1)
+    running = await buffer.lease("w", 0.1)
+    with open(journal, "a") as file:
+        file.write('{"op": "adm')  # killed in the middle of a line
+    back = Buffer(setup, Uniform(TASKS, seed=0))
+    assert not await back.put(running.id, [a_group(task=running.task.id, group=running.id)])
+    counts = await back.counts()
+    assert counts.trained == 2 and counts.dropped == {"buffer_lost": 4} and counts.admitted == 6
+    rows = await back.rows()
+    assert "came back" in rows[0]["message"] and rows[1]["again"] and rows[1]["step"] == 1
+    assert [(await back.lease("w", 0.1)).task.id for _ in range(2)] == order[1:3], "what it held is leased again"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert audit(m for m in lines if m["op"] != "order")["trained"] == 1
+
+
+async def test_the_learner_goes_on_over_the_death_of_the_buffer(tmp_path):
+    """It held batch 0 when the buffer died: its settle counts. Asked twice (the answer was lost), it counts once."""
+    setup = a_setup(journal=tmp_path / "ledger.jsonl")
+    buffer = Buffer(setup, Uniform(TASKS, seed=0))
+    await buffer.enter(None)
+    await buffer.published(0, 0, {})
+    await deliver(buffer, 0)
+    assert await buffer.next_batch(0, 0)
+    back = Buffer(setup, Uniform(TASKS, seed=0))
+    await back.settle(0, 0, {})
+    await back.settle(0, 0, {})
+    await back.published(0, 1, {})
+    assert (await back.counts()).trained == 2
+    await deliver(back, 1)
+    assert await back.next_batch(0, 1)
+    again = Buffer(setup, Uniform(TASKS, seed=0))
+    await deliver(again, 1)
+    assert (await again.next_batch(0, 1)).step == 1, "it never got that batch: another one is made"
+    assert (await again.counts()).dropped == {"buffer_lost": 2}
+
+
+async def test_several_ranks_begin_again_when_a_batch_was_lost_half_handed_out(tmp_path):
+    setup = a_setup(journal=tmp_path / "ledger.jsonl")
+    buffer = Buffer(setup, Uniform(TASKS, seed=0))
+    await buffer.enter(None)
+    await buffer.published(0, 0, {})
+    await deliver(buffer, 0)
+    assert await buffer.next_batch(0, 0, 2)
+    back = Buffer(setup, Uniform(TASKS, seed=0))
+    with pytest.raises(Fenced, match="lost with the buffer"):
+        await back.next_batch(0, 0, 2)
+
+
+async def test_a_resumed_run_drops_what_was_under_way_and_goes_on(tmp_path):
+    journal = tmp_path / "ledger.jsonl"
+    buffer = Buffer(a_setup(journal=journal), Uniform(TASKS, seed=0))
+    await buffer.enter(None)
+    await buffer.published(0, 0, {})
+    await deliver(buffer, 0)
+    await train(buffer, 0)
+    saved = await buffer.state()
+    await deliver(buffer, 1)
+    await train(buffer, 1)
+    await buffer.lease("w", 0.1)
+    close_books(journal)
+    resumed = Buffer(a_setup(journal=journal), Uniform(TASKS, seed=0))
+    assert await resumed.enter(saved) == 1
+    counts = await resumed.counts()
+    assert counts.trained == 2 and counts.balanced
+    assert counts.dropped == {"run_ended": 2, "lineage": 2}
+    journal.unlink()
+    without = Buffer(a_setup(journal=journal), Uniform(TASKS, seed=0))
+    assert await without.enter(saved) == 1, "a checkpoint alone is enough"
+    assert (await without.counts()).trained == 2
+
+
+async def test_learners_that_never_make_a_step_end_the_run():
+    buffer = await a_buffer()
+    for _ in range(5):
+        await buffer.enter(None)
+    with pytest.raises(OutOfOrder, match="5 learners ended"):
+        await buffer.rows()
+
+
+async def test_a_disk_that_takes_no_more_ends_the_run_by_name(tmp_path, monkeypatch):
+    buffer = Buffer(a_setup(journal=tmp_path / "ledger.jsonl"), Uniform(TASKS, seed=0))
+
+    def full(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(buffer._journal, "write", full)
+    with pytest.raises(OSError):
+        await buffer.enter(None)
+    with pytest.raises(OutOfOrder, match=r"ledger.jsonl cannot be written: No space left.*resume="):
+        await buffer.rows()
 
 
 async def test_over_age_groups_are_dropped_when_the_batch_ships():
-    buffer = a_buffer(max_staleness=1)
+    buffer = await a_buffer(max_staleness=1)
     for step in range(2):
         await deliver(buffer, step)
-        await buffer.next_batch(step)
-        await buffer.settle(step, {})
-        await buffer.published(step + 1, {})
+        await buffer.next_batch(0, step)
+        await buffer.settle(0, step, {})
+        await buffer.published(0, step + 1, {})
     await deliver(buffer, 0)
-    assert await buffer.next_batch(2, timeout_s=0.05) is None, "sampled two optimiser batches ago"
+    assert await buffer.next_batch(0, 2, timeout_s=0.05) is None, "sampled two optimiser batches ago"
     assert (await buffer.counts()).dropped == {"stale": 2}
 
 
 async def test_a_group_nobody_could_judge_is_dropped_by_cause_and_comes_again():
-    buffer = a_buffer()
+    buffer = await a_buffer()
     lease = await buffer.lease("w", 0.1)
     group = a_group(task=lease.task.id, group=lease.id)
     dead = group.with_verdicts([Verdict.unavailable("outcome", "judge_timeout")] * 2)
@@ -131,34 +272,22 @@ async def test_a_group_nobody_could_judge_is_dropped_by_cause_and_comes_again():
 
 
 async def test_one_masked_member_leaves_the_baseline_but_not_its_siblings():
-    buffer = a_buffer(size=3)
+    buffer = await a_buffer(size=3)
     lease = await buffer.lease("w", 0.1)
     group = a_group((1.0, 0.0, 0.0), task=lease.task.id, group=lease.id)
     verdicts = [*group.verdicts[:2], Verdict.unavailable("outcome", "judge_timeout")]
     await buffer.put(lease.id, [group.with_verdicts(verdicts)])
-    batch = await buffer.next_batch(0)
+    batch = await buffer.next_batch(0, 0)
     assert len(batch.shards[0]) == 2
     assert batch.stats["masked/judge_timeout"] == 1
 
 
 async def test_the_last_batch_says_so_and_shards_are_even():
-    buffer = a_buffer(groups=2, steps=1)
+    buffer = await a_buffer(groups=2, steps=1)
     await deliver(buffer, 0)
     await deliver(buffer, 0)
-    batch = await buffer.next_batch(0, world_size=2)
+    batch = await buffer.next_batch(0, 0, world_size=2)
     assert batch.last
     assert [len(s) for s in batch.shards] == [2, 2]
     with pytest.raises(ValueError, match="asks for batch 3"):
-        await buffer.next_batch(3)
-
-
-async def test_state_goes_back_together():
-    buffer = a_buffer()
-    await deliver(buffer, 0)
-    await buffer.next_batch(0)
-    await buffer.settle(0, {})
-    await buffer.published(1, {})
-    back = a_buffer(state=await buffer.state())
-    counts = await back.counts()
-    assert counts.trained == 2 and counts.running == counts.ready == 0
-    assert (await back.lease("w", 0.1)).task.id == (await buffer.lease("w", 0.1)).task.id
+        await buffer.next_batch(0, 3)

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,11 @@ import torch
 import gumshoe
 from agents.learning.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from agents.learning.config import LearnerConfig, LoraConfig, LossConfig, learning_rate
-from agents.learning.learner import Learner
+from agents.learning.learner import PHASES, Learner
 from agents.learning.model import ModelError, PolicyModel, load_model
 from agents.learning.packing import pack
 from agents.learning.scorer import ReferenceScorer
+from agents.learning.stopwatch import Stopwatch
 from tests.learning_tools import random_samples, save_tiny, tiny_qwen3
 from tests.reference_loop import reference_optimizer, reference_step
 
@@ -269,9 +271,10 @@ TWO_RANKS = """
 import sys, torch, torch.distributed as dist
 from dataclasses import replace
 from agents.learning.config import LearnerConfig, LossConfig
-from agents.learning.learner import Learner
+from agents.learning.learner import PHASES, Learner
 from agents.learning.model import PolicyModel
 from agents.learning.scorer import ReferenceScorer
+from agents.learning.stopwatch import Stopwatch
 from agents.learning.shard import apply_fsdp
 from agents.sharding import shard
 from agents.learning.checkpoint import load_checkpoint, save_checkpoint
@@ -349,3 +352,42 @@ def test_two_gloo_ranks_equal_one(tmp_path: Path) -> None:
     alone = Learner(tiny_qwen3(1), config)
     load_checkpoint(tmp_path / "ckpt", alone)
     assert alone.step(random_samples(9, seed=3))["loss"] == pytest.approx(found["straight"][0]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_the_parts_of_a_step_add_up_to_it(minibatches: int) -> None:
+    learner = Learner(tiny_qwen3(), replace(SMALL, minibatches=minibatches))
+    began = time.perf_counter()
+    metrics = learner.step(random_samples(6))
+    wall = time.perf_counter() - began
+    parts = {p: metrics[f"time/{p}_s"] for p in PHASES}
+    assert all(v > 0 for v in parts.values())
+    assert sum(parts.values()) == pytest.approx(metrics["time/train_s"], rel=1e-6)
+    assert 0.9 * wall - 0.01 <= metrics["time/train_s"] <= wall
+
+
+def test_on_a_gpu_laps_are_events_that_nothing_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no GPU here: a stand-in for its events shows that laps are only recorded, and read at the end."""
+    told: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            told.append("record")
+            self.at = float(len(told))
+
+        def synchronize(self) -> None:
+            told.append("synchronize")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1000.0 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = Stopwatch(torch.device("cuda"))
+    for name in ("pack", "forward", "backward", "forward"):
+        watch.lap(name)
+    assert told == ["record"] * 5
+    assert watch.seconds() == {"pack": 1.0, "forward": 2.0, "backward": 1.0}
+    assert told[5:] == ["synchronize"]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agents.recordfile import RecordReader, RecordWriter, read_records, write_records
+from agents.recordfile import RecordReader, RecordWriter, index, read_records, write_records
 from agents.types import RecordError, Task
 
-KINDS = [".jsonl", ".jsonl.gz", ".msgpack"]
+KINDS = [".jsonl", ".jsonl.gz", ".msgpack", ".msgpack.z"]
 TASKS = [Task(f"t{i}", f"Who is № {i}?\nSay so.", answers=("Zoë",), meta={"hops": i}) for i in range(5)]
 
 
@@ -63,6 +64,19 @@ def test_a_record_that_does_not_fit_names_file_line_and_field(tmp_path: Path) ->
     path.write_text('{"id": "a", "question": "q"}\n{"id": "b", "question": 3}\n')
     with pytest.raises(RecordError, match=r"a.jsonl:2: Task.question: expected str, got int"):
         read_records(path, Task)
+
+
+@pytest.mark.parametrize("kind", [".msgpack", ".msgpack.z"])
+def test_frames_are_found_and_read_singly(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a{kind}"
+    long = [replace(t, question=t.question * 3000 * (i % 2 + 1)) for i, t in enumerate(TASKS)]
+    write_records(path, [*long, {"id": "word " * 2000, "question": "the first field is longer than a head"}])
+    found = list(index(path))
+    assert [first for _, first in found] == [*(t.id for t in TASKS), "word " * 2000]
+    assert [frame.number for frame, _ in found] == [1, 2, 3, 4, 5, 6]
+    assert [frame.read(Task) for frame, _ in reversed(found[:5])] == long[::-1]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(list(index(path))) == 5
 
 
 def test_a_length_beyond_reason_is_damage_not_memory(tmp_path: Path) -> None:

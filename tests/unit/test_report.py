@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.report.build import build_report
-from agents.report.charts import MAX_POINTS, Series, _ticks, area_chart, line_chart, running_mean, short, thin
+from agents.report.charts import MAX_POINTS, Series, area_chart, line_chart, running_mean, short, thin, ticks
 from agents.report.timeline import marked
 from agents.types import RecordError
 from tests.synthetic_run import HOSTILE, write_run
@@ -143,6 +143,78 @@ def test_steps_trained_again_after_a_restore_replace_the_first(tmp_path: Path) -
     assert json.loads(str(chart))["series"][0]["points"] == [[1, 0.1], [2, 0.2], [3, 0.3]]
 
 
+def test_where_the_time_went(tmp_path: Path) -> None:
+    page = parse(build_report(write_run(tmp_path / "demo", steps=60, rewind=5)))
+    text = " ".join(page.text.split())
+    for expected in (
+        "Where the time went", "The learner: training", "The learner limits: it waited", "What would help: more learner processes",
+        "A step of the learner", "An episode", "for the slowest of its group", "Steps 53 to 60 of the run", "sampler-2", "rollout-3",
+        "sampler-1 was fenced: its engine process is gone", "rollout-1 died with 5 leases",
+        "at once; generate 85", "65 times",
+    ):  # fmt: skip
+        assert expected in text, expected
+    bars = [a for t, a in page.tags if t == "rect" and "data-t" in a]
+    assert any(str(a["data-t"]).startswith("train ") and "backward" in str(a["data-t"]) for a in bars)
+    figures = [a for t, a in page.tags if t == "figure" and "gantt" in str(a.get("class"))]
+    assert len(figures) >= 7 and sum("hidden" not in a for a in figures) == 1
+    step = next(
+        json.loads(str(a["data-chart"]))
+        for t, a in page.tags
+        if t == "figure" and "backward" in str(a.get("data-chart"))
+    )
+    assert [s["name"] for s in step["series"]] == [
+        "waiting",
+        "packing",
+        "forward",
+        "backward",
+        "optimiser",
+        "publishing",
+        "checkpoints",
+        "other",
+    ]
+
+
+def test_a_rewind_is_said_and_marked(tmp_path: Path) -> None:
+    page = parse(build_report(write_run(tmp_path / "demo", steps=60, rewind=5)))
+    said = "he learner went back from step 45 to step 40: steps 41 to 45 were trained again, and the later values count"
+    assert page.text.count("T" + said + ".") == 1
+    assert sum(a.get("class") == "break" for t, a in page.tags if t == "line") >= 12  # in every chart
+    assert sum(a.get("class") == "flag" and said in str(a["data-t"]) for t, a in page.tags if t == "g") == 1
+    assert sum(a.get("class") == "back" for t, a in page.tags if t == "tr") == 1
+    assert "went back" not in parse(build_report(write_run(tmp_path / "other", steps=60))).text
+
+
+def test_a_run_without_spans_still_says_where_its_time_went(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo", steps=20)
+    (run / "spans.jsonl").unlink()
+    page = parse(build_report(run))
+    assert "A step of the learner" in page.text and not any(
+        "gantt" in str(a.get("class")) for t, a in page.tags if t == "figure"
+    )
+
+
+def test_a_timeline_of_very_much_stays_small(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo", steps=20)
+    with open(run / "spans.jsonl", "a") as file:
+        for i in range(20_000):
+            row = {
+                "actor": f"rollout-{i % 40}",
+                "phase": "rollout",
+                "began": 1.7e9 + i / 600,
+                "ended": 1.7e9 + i / 600 + 2,
+                "step": 1,
+            }
+            file.write(json.dumps(row) + "\n")
+    path = build_report(run)
+    assert path.stat().st_size < 3_000_000
+    text = parse(path).text
+    assert (
+        "shortest spans are not drawn" in text
+        and "more actors are not drawn" in text
+        and "more actors are in spans.jsonl" in text
+    )
+
+
 def test_charts_of_little_and_of_much() -> None:
     assert line_chart("x", [Series("a", [])]) is None
     assert area_chart("x", [Series("a", [(1, 1)])]) is None
@@ -167,9 +239,9 @@ def test_thinning_keeps_mean_and_end(values: list[float]) -> None:
 
 @given(st.floats(-1e5, 1e5), st.floats(1e-4, 1e5))
 def test_ticks_span_the_range(low: float, width: float) -> None:
-    ticks = _ticks(low, low + width)
-    assert 2 <= len(ticks) <= 8
-    assert ticks[0] <= low + 1e-6 * width + 1e-9 and ticks[-1] >= low + width - 1e-6 * width - 1e-9
+    found = ticks(low, low + width)
+    assert 2 <= len(found) <= 8
+    assert found[0] <= low + 1e-6 * width + 1e-9 and found[-1] >= low + width - 1e-6 * width - 1e-9
 
 
 def test_short_numbers() -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from cluster.errors import UserError
 from cluster.progress import Progress, short_number, short_time
 from cluster.runlog import RunLog, ray_name, read_metrics
 
 
 def test_rows_are_on_disk_at_once_and_go_on_after_a_crash(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "run", tensorboard=False, clock=lambda: 12.3456)
-    log.train(1, {"reward/mean": np.float32(0.5), "loss": float("nan"), "flag": True})
+    log.log("train", 1, {"reward/mean": np.float32(0.5), "loss": float("nan"), "flag": True})
     assert read_metrics(tmp_path / "run") == [
         {"kind": "train", "step": 1, "time": 12.346, "reward/mean": 0.5, "loss": None, "flag": 1}
     ]
@@ -36,7 +39,7 @@ def test_rows_are_on_disk_at_once_and_go_on_after_a_crash(tmp_path: Path) -> Non
 
 def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     with RunLog(tmp_path) as log:
-        log.train(1, {"reward/mean": 0.5})
+        log.log("train", 1, {"reward/mean": 0.5})
         log.evaluation(1, {"success/mean": 0.75})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -47,14 +50,60 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_a_failing_tensorboard_never_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with RunLog(tmp_path) as log:
-        log.train(1, {"loss": 1.0})
-        log.train(2, {"loss": 0.5})
+        log.log("train", 1, {"loss": 1.0})
+        log.log("train", 2, {"loss": 0.5})
     kinds = [r["kind"] for r in read_metrics(tmp_path)]
     assert kinds == ["train", "event", "train"]
+
+
+class Wandb:
+    """Stands in for the module and for its run."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.broken = False
+
+    def init(self, **settings: Any) -> Wandb:
+        self.calls.append(settings)
+        return self
+
+    def define_metric(self, *_: object, **__: object) -> None: ...
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self.broken:
+            raise ConnectionError("gone")
+        self.rows.append(row)
+
+    def finish(self) -> None: ...
+
+
+def test_wandb_has_the_same_numbers_and_a_resumed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for step in (1, 2):
+        with RunLog(tmp_path / "demo", tensorboard=False, wandb=True) as log:
+            log.log("train", step, {"reward/mean": 0.5, "label": "x"})
+            log.evaluation(step, {"success/mean": 0.75})
+    assert wandb.rows[:2] == [{"gumshoe_step": 1, "reward/mean": 0.5}, {"gumshoe_step": 1, "eval/success/mean": 0.75}]
+    assert wandb.calls[0] == wandb.calls[1] and wandb.calls[0]["name"] == "demo" and len(wandb.calls[0]["id"]) == 12
+
+
+def test_a_failing_wandb_never_ends_a_run_and_a_missing_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with RunLog(tmp_path, tensorboard=False, wandb=True) as log:
+        wandb.broken = True
+        log.log("train", 1, {"loss": 1.0})
+        log.log("train", 2, {"loss": 1.0})
+    assert [r["kind"] for r in read_metrics(tmp_path)] == ["train", "event", "train"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="wandb is not installed; pip install wandb, or set it to false"):
+        RunLog(tmp_path, tensorboard=False, wandb=True)
 
 
 def test_summary_is_whole_and_valid_json(tmp_path: Path) -> None:
@@ -114,24 +163,6 @@ def test_a_closed_terminal_never_ends_a_run() -> None:
     bar.update(1, {})
     bar.note("x")
     bar.close()
-
-
-def test_phases_say_what_is_going_on_and_what_it_took() -> None:
-    out, clock = io.StringIO(), Clock()
-    bar = Progress(3, stream=out, live=False, clock=clock)
-    with bar.phase("engines"):
-        clock.now += 7
-    bar.row({"kind": "train", "step": 1, "reward/mean": 0.5})
-    bar.row({"kind": "eval", "step": 1, "success/mean": 0.5})
-    bar.row({"kind": "publish", "step": 1})
-    bar.row({"kind": "event", "step": 1, "message": "a sampler was restarted"})
-    assert out.getvalue().splitlines() == [
-        "engines ...",
-        "engines done in 7s",
-        "step 1/3 · reward 0.500",
-        "eval at step 1: success 0.500",
-        "a sampler was restarted",
-    ]
 
 
 def test_short_forms() -> None:

@@ -198,3 +198,16 @@ async def test_close_frees_the_waiters() -> None:
     assert all(isinstance(e, Closed) for e in await asyncio.gather(*calls, return_exceptions=True))
     with pytest.raises(Closed):
         await service.search([Query("x")])
+
+
+async def test_extra_latency_delays_every_request_and_is_off_by_default() -> None:
+    assert ServiceConfig().extra_latency_ms == 0
+    service = SearchService(Slow(), ServiceConfig(max_wait_ms=0, extra_latency_ms=30))
+    for _ in range(2):  # the second time from the caches
+        for ask in (service.search([Query("a", 1)]), service.get(["a"])):
+            began = asyncio.get_running_loop().time()
+            await ask
+            assert asyncio.get_running_loop().time() - began >= 0.029
+    with pytest.raises(ValueError, match="extra_latency_ms"):
+        ServiceConfig(extra_latency_ms=-1)
+    await service.close()

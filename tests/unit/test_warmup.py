@@ -127,6 +127,28 @@ def test_learning_rate_rises_then_falls():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+def test_a_time_limit_ends_a_stage_and_brings_its_learning_rate_down(base, tmp_path):
+    stage = StageConfig("a", steps=1_000_000, lr=1.0, final_lr=0.1, rise_steps=10, max_seconds=20.0)
+    assert learning_rate(stage, 50, 10.0) == pytest.approx(0.55) and learning_rate(stage, 50, 21.0) == pytest.approx(
+        0.1
+    )
+    stages = [StageConfig("a", steps=1_000_000, lr=1e-3, max_seconds=0.3)]
+    lesson, rows = trace([10, 11, 2]), []
+    summary = warmup(config(base, stages=stages), lambda _: cycle([lesson]), [], tmp_path / "out", progress=rows.append)
+    assert 0 < summary["step"] < 10_000 and 0.3 <= summary["seconds"] < 30
+    assert rows[-1]["step"] == summary["step"]
+
+
+def test_training_goes_on_from_a_finished_checkpoint(base, tmp_path):
+    lesson = trace([10, 11, 12, 2])
+    warmup(config(base), lambda _: cycle([lesson]), [], tmp_path / "first")
+    rows, stages = [], [StageConfig("a", steps=5, lr=1e-4, rise_steps=0)]
+    again = config(str(tmp_path / "first"), stages=stages, report_every=1)
+    summary = warmup(again, lambda _: cycle([lesson]), [lesson], tmp_path / "second", progress=rows.append)
+    assert rows[0]["loss"] < 0.5 and summary["exact"] == 1.0
+    assert load_or_create(config(str(tmp_path / "second"))) is not None
+
+
 def test_a_folder_without_model_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json") as caught:
         load_or_create(WarmupConfig(base=str(tmp_path)))

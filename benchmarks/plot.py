@@ -1,0 +1,90 @@
+"""Plots of studies as one SVG file: panels of means with intervals, one row per arm and seed. No plotting library, no script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from agents.report.charts import short
+
+COLOURS = ("#2563a8", "#c2571a", "#3c8a4e", "#7d4fa3", "#8a6d1f", "#555555")
+WIDTH, LEFT, RIGHT, ROW, HEAD = 560.0, 150.0, 24.0, 22.0, 42.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mean, with its interval where it has one."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    colour: int = 0
+    hollow: bool = False
+    """Drawn as a ring: the state before."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Rows of points on one axis."""
+
+    title: str
+    rows: Sequence[tuple[str, Sequence[Point]]]
+    bounds: tuple[float, float] | None = None
+    zero: bool = False
+    """Mark 0: a difference whose interval lies beside it is one."""
+
+    @property
+    def height(self) -> float:
+        return HEAD + ROW * len(self.rows) + 26
+
+
+def plot(title: str, panels: Sequence[Panel], note: str = "") -> str:
+    """The whole file."""
+    body, top = [f'<text x="10" y="20" font-size="14" font-weight="600">{escape(title)}</text>'], 26.0
+    if note:
+        body.append(f'<text x="10" y="38" fill="#555">{escape(note)}</text>')
+        top = 44.0
+    for panel in panels:
+        body += _panel(panel, top)
+        top += panel.height
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {top:g}" width="{WIDTH:g}" height="{top:g}" role="img"'
+        f' font-family="system-ui, sans-serif" font-size="11"><title>{escape(title)}</title>'
+        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(body)}</svg>\n'
+    )
+
+
+def _panel(panel: Panel, top: float) -> list[str]:
+    seen = [v for _, points in panel.rows for p in points for v in (p.mean, p.low, p.high) if v is not None]
+    low, high = panel.bounds or (min([0.0, *seen]), max([0.0, *seen]) * 1.05)
+    span = (high - low) or 1.0
+
+    def x(value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (min(high, max(low, value)) - low) / span
+
+    bottom = top + HEAD - 10 + ROW * len(panel.rows)
+    made = [f'<text x="10" y="{top + 22:g}" font-weight="600">{escape(panel.title)}</text>']
+    for i in range(5):
+        tick = low + span * i / 4
+        made.append(f'<path d="M{x(tick):.1f} {top + HEAD - 12:g}V{bottom:g}" stroke="#e3e3e3"/>')
+        made.append(
+            f'<text x="{x(tick):.1f}" y="{bottom + 14:g}" text-anchor="middle" fill="#555">{short(round(tick, 6))}</text>'
+        )
+    if panel.zero and low <= 0 <= high:
+        made.append(f'<path d="M{x(0):.1f} {top + HEAD - 12:g}V{bottom:g}" stroke="#333"/>')
+    for index, (label, points) in enumerate(panel.rows):
+        y = top + HEAD + ROW * index
+        made.append(f'<text x="{LEFT - 10:g}" y="{y + 4:g}" text-anchor="end">{escape(label)}</text>')
+        for p in points:
+            colour = COLOURS[p.colour % len(COLOURS)]
+            said = short(p.mean)
+            if p.low is not None and p.high is not None:
+                made.append(f'<path d="M{x(p.low):.1f} {y:g}H{x(p.high):.1f}" stroke="{colour}" stroke-width="2"/>')
+                said += f" [{short(p.low)}, {short(p.high)}]"
+            fill = "#fff" if p.hollow else colour
+            made.append(
+                f'<circle cx="{x(p.mean):.1f}" cy="{y:g}" r="4" fill="{fill}" stroke="{colour}" stroke-width="1.5">'
+                f"<title>{escape(label)}: {said}</title></circle>"
+            )
+    return made

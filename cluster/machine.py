@@ -1,0 +1,201 @@
+"""What a machine must offer to a run: disk, memory, GPUs, ports, and others who answer at their addresses.
+
+Invariants: nothing is started and nothing stays on disk; no check waits longer than its deadline; what fails is one line.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from cluster.errors import UserError
+from cluster.model import ModelShape
+from cluster.rundir import storage_dir
+from cluster.sizes import GIB, gib, host_gib, needs, shares
+
+if TYPE_CHECKING:
+    from cluster.schema import RunConfig
+
+
+def check_storage(storage_path: str, *, need_bytes: int = 0) -> None:
+    """Whether a run may write where it is told to, and has room."""
+    path = storage_dir(storage_path)
+    place = next(p for p in (path, *path.parents) if p.exists())
+    if not place.is_dir():
+        raise UserError(f"storage_path {path} cannot be made: {place} is a file; choose another storage_path")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"storage_path {path} cannot be written: {(error.strerror or str(error)).lower()} in {place}; choose another storage_path"
+        ) from None
+    free = shutil.disk_usage(place).free
+    if free < need_bytes:
+        raise UserError(
+            f"storage_path {path} is too full: about {need_bytes / GIB:.1f} GiB are needed, {free / GIB:.1f} GiB are free; "
+            "free some space, choose another storage_path, or lower train.keep_checkpoints"
+        )
+
+
+def check_memory(config: RunConfig, shape: ModelShape, *, free_bytes: int | None = None) -> None:
+    """Whether the run, all its actors on this machine, fits into memory."""
+    free = gib(free_memory() if free_bytes is None else free_bytes)
+    need = host_gib(config, shape)
+    if need <= free:
+        return
+    sampler, learner = shares(config, shape)
+    each = {s.actor: 0.0 if s.gpus else s.each_gib for s in (sampler, learner)}
+    beyond = need - sampler.count * each["sampler"]
+    fit = 0 if sampler.gpus else int((free - beyond) // sampler.each_gib)
+    mend = (
+        "use a machine with more memory"
+        if sampler.gpus
+        else "lower engine.kv_cache_gb, or use a machine with more memory"
+    )
+    parts = [f"{s.count} x {each[s.actor]:.1f} for {s.actor}s" for s in (sampler, learner) if not s.gpus]
+    rest = need - sum(s.count * each[s.actor] for s in (sampler, learner))
+    raise UserError(
+        f"not enough memory: about {need:.1f} GiB are needed ({', '.join([*parts, f'{rest:.1f} for the rest'])}), "
+        f"{free:.1f} GiB are free; {f'set fleet.num_engines={fit}' if fit >= 1 else mend}"
+    )
+
+
+def check_gpus(config: RunConfig, shape: ModelShape | None, *, gpus_gib: Sequence[float] | None = None) -> None:
+    """Whether this machine has the GPUs that a Ray of its own would be asked for, and each actor fits into its own."""
+    there = machine_gpus() if gpus_gib is None else gpus_gib
+    wanted = needs(config).get("GPU", 0)
+    if wanted > len(there):
+        raise UserError(
+            f"this run asks for {wanted:g} GPUs, this machine has {len(there)}; lower fleet.num_engines and train.num_workers, "
+            "or give the address of a cluster that has them (ray.address)"
+        )
+    if shape is None:
+        return
+    smallest = min(there)
+    sampler, learner = shares(config, shape, smallest)
+    if learner.gpus and learner.each_gib > smallest * learner.gpus:
+        raise UserError(
+            f"a learner takes {learner.each_gib:.1f} GiB before any activations, a GPU has {smallest:.1f}; raise train.num_workers, "
+            "or use GPUs with more memory"
+        )
+    room = config.engine.gpu_memory_utilization * smallest * max(1.0, sampler.gpus)
+    if sampler.gpus and sampler.each_gib > room * 1.001:
+        raise UserError(
+            f"a sampler takes {sampler.each_gib:.1f} GiB for its weights and one sequence of {config.engine.max_model_len} tokens, "
+            f"engine.gpu_memory_utilization leaves it {room:.1f}; raise engine.tensor_parallel and fleet.num_gpus"
+        )
+
+
+def machine_gpus() -> list[float]:
+    """Memory of each NVIDIA GPU that this process may use, in GiB."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = [int(line) / 1024 for line in done.stdout.split() if line.isdigit()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if visible is None else found[: len([v for v in visible.split(",") if v.strip() not in ("", "-1")])]
+
+
+def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes a new process could get: the machine's, or the container's where that is less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    if not limit.isdigit():
+        return free
+    cache = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))  # given back when asked for
+    return max(0, min(free, int(limit) - used + cache))
+
+
+def check_port(port: int, key: str, host: str = "127.0.0.1") -> None:
+    """Whether a server of ours may listen there."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OverflowError:
+            raise UserError(f"{key}={port} is not a port; choose one between 1024 and 65535") from None
+        except OSError as error:
+            what = "is in use" if error.errno == 98 else f"cannot be used ({(error.strerror or str(error)).lower()})"
+            raise UserError(
+                f"port {port} {what} on {host}; end what listens there, or set {key} to a free one"
+            ) from None
+
+
+def check_endpoint(url: str, key: str, timeout_s: float = 5.0, start: str = "start the server") -> None:
+    """Whether somebody listens at a URL."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"{key}={url!r} is not an http(s) address; give one such as http://127.0.0.1:8000/v1")
+    problem = _connect(parts.hostname, _port(url, parts, key), timeout_s)
+    if problem:
+        raise UserError(f"nobody answers at {url} ({problem}); {start}, or correct {key}")
+
+
+def check_ray(address: str, timeout_s: float = 20.0) -> None:
+    """Whether a Ray cluster answers at an address: `auto`, `host:port` or `ray://host:port`."""
+    mend = "start one with `ray start --head`, correct ray.address, or set ray.address=local"
+    if address == "auto":
+        current = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+        address = current.read_text().strip() if current.is_file() else ""
+        if not address:
+            raise UserError(f"ray.address is 'auto', but no Ray cluster runs on this machine; {mend}")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"ray.address={address!r} is not of the form host:port; {mend}")
+    problem = _connect(host.strip("[]"), int(port), min(5.0, timeout_s))
+    if problem:
+        raise UserError(f"no Ray answers at {address} ({problem}); {mend}")
+    if address.startswith("ray://"):
+        return
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        # A cluster that wants a token is there; whether we have the right one shows when Ray itself presents it.
+        alive = done.returncode == 0 or "InvalidAuthToken" in done.stderr
+        problem = "something else listens there, or a Ray of another version"
+    except subprocess.TimeoutExpired:
+        alive, problem = False, f"no answer within {timeout_s:.0f} s"
+    if not alive:
+        raise UserError(f"no Ray answers at {address} ({problem}); {mend}")
+
+
+def _connect(host: str, port: int, timeout_s: float) -> str:
+    """Empty when a connection could be made, else why not."""
+    try:
+        with socket.create_connection((host, port), timeout=timeout_s):
+            return ""
+    except (OSError, OverflowError) as error:
+        if isinstance(error, TimeoutError):
+            return f"no answer within {timeout_s:.0f} s"
+        if isinstance(error, socket.gaierror):
+            return f"there is no host {host!r}"
+        return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def _port(url: str, parts: Any, key: str) -> int:
+    try:
+        port = parts.port
+    except ValueError:
+        raise UserError(f"{key}={url!r}: the port is not a number below 65536; correct it") from None
+    return int(port or (443 if parts.scheme == "https" else 80))

@@ -1,0 +1,361 @@
+"""Training from recorded groups: no samplers, no retrieval, no judge; another advantage or loss over the same rollouts.
+
+`Replay` stands where the buffer stands in a live run, and offers the learner and the driver the same calls. Invariants:
+- Groups come in the recording's order, as many per batch as the config says, one pass after the other; what is held in
+  memory is the batch being trained and the one made ready behind it.
+- Its state is a cursor: a learner that goes back to a checkpoint, or a run that is resumed, goes on at the same group.
+- Nothing is too old: the data is off-policy by nature. How old it was when it was recorded is logged.
+- A recording of another protocol, tokenizer, template or schema is refused before anything is started or written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from agents.advantages import AdvantageConfig, masked_cause, to_samples
+from agents.types import Group, RecordError
+from cluster.batch import Batch, make_batch
+from cluster.buffer import BufferSetup, Fenced, OutOfOrder
+from cluster.errors import UserError
+from cluster.ledger import Counts
+from cluster.record import Recording, check_speech, groups_dir
+
+if TYPE_CHECKING:
+    from cluster.schema import RunConfig
+
+
+class _Made(NamedTuple):
+    """A batch, and where the recording stands behind it."""
+
+    batch: Batch
+    cursor: int
+    episodes: int
+    dropped: int
+
+
+class Replay:
+    """See the module. Methods are coroutines where they wait; wrap with `ray.remote` to host it."""
+
+    def __init__(self, setup: BufferSetup, source: str) -> None:
+        self._setup = setup
+        self._recording = Recording(source)
+        check_recording(self._recording, setup.advantage, setup.buffer.groups_per_batch)
+        self._incarnation = -1
+        self._step = self._cursor = self._trained = 0
+        self._dropped: Counter[str] = Counter()
+        self._made: _Made | None = None
+        self._ahead: tuple[tuple[int, int, int], asyncio.Task[_Made]] | None = None
+        self._rows: list[dict[str, Any]] = []
+        self._learners_in_a_row = 0
+        self._fatal = ""
+        self._since = time.time()
+        self._say(f"{len(self._recording)} groups from {self._recording.folder}")
+        if self._recording.missing:
+            self._say(f"{self._recording.missing} groups were trained, but not recorded; the replay goes without them")
+
+    # -------------------------------------------------------------------------------------------- learner side
+
+    async def enter(self, saved: Mapping[str, Any] | None) -> int:
+        """A learner begins, from a checkpoint's `saved` state or from the start; returns its incarnation."""
+        if saved and "cursor" not in saved:
+            raise RecordError(
+                "the checkpoint is of a live run; to replay from its weights, start a run of its own with model.path= and name="
+            )
+        saved = saved or {"cursor": 0, "step": 0, "trained": 0, "dropped": {}, "incarnation": -1}
+        self._incarnation = max(self._incarnation, int(saved["incarnation"])) + 1
+        self._step, self._cursor, self._trained = (int(saved[k]) for k in ("step", "cursor", "trained"))
+        self._dropped = Counter(saved["dropped"])
+        self._made = None
+        self._since = time.time()
+        if self._incarnation:
+            self._rows.append(
+                {"kind": "fence", "step": self._step, "time": time.time(), "incarnation": self._incarnation}
+            )
+            self._say(f"learner {self._incarnation} begins at step {self._step}, group {self._cursor} of the replay")
+        self._learners_in_a_row += 1
+        if self._learners_in_a_row > self._setup.max_learner_failures:
+            self._fatal = self._fatal or (
+                f"{self._learners_in_a_row - 1} learners ended one after the other without an optimiser step; "
+                "their errors stand in the logs/ folder of the run"
+            )
+        return self._incarnation
+
+    async def next_batch(
+        self, incarnation: int, step: int, world_size: int = 1, timeout_s: float = 5.0
+    ) -> Batch | None:
+        """The batch for optimiser step `step`, the same for every rank that asks; None when it is not made in time."""
+        self._fence(incarnation)
+        if self._made is None or self._made.batch.step != step:
+            if step != self._step:
+                raise ValueError(f"the learner asks for batch {step}, the replay is at batch {self._step}")
+            coming = self._prepare(self._cursor, step, world_size)
+            await asyncio.wait([coming], timeout=timeout_s)
+            self._fence(incarnation)
+            if not coming.done():
+                return None
+            if self._made is None or self._made.batch.step != step:  # else another rank was faster
+                self._made = coming.result()
+                self._since = time.time()
+                if self._made.cursor // len(self._recording) > self._cursor // len(self._recording):
+                    self._say(f"the recording's {len(self._recording)} groups are through once more; it begins again")
+                if not self._made.batch.last:
+                    self._prepare(self._made.cursor, step + 1, world_size)
+        return self._made.batch
+
+    async def settle(self, incarnation: int, step: int, row: Mapping[str, Any]) -> None:
+        """The optimiser step `step` is done. `row` goes to the run's log, with the counts."""
+        self._fence(incarnation)
+        if step == self._step - 1:
+            return  # asked again because the answer was lost
+        if step != self._step or self._made is None:
+            raise ValueError(f"batch {step} was settled while the replay is at batch {self._step}")
+        made, self._made = self._made, None
+        self._step, self._cursor, self._learners_in_a_row = step + 1, made.cursor, 0
+        self._trained += made.episodes
+        if made.dropped:
+            self._dropped["masked"] += made.dropped
+        now = self._since = time.time()
+        books = asdict(await self.counts())
+        dropped = books.pop("dropped")
+        ledger = {f"ledger/{k}": float(n) for k, n in {**books, "dropped": sum(dropped.values())}.items()}
+        passes = {"replay/passes": self._cursor / len(self._recording)}
+        self._rows.append(
+            {"kind": "train", "step": self._step, "time": now, **made.batch.stats, **row, **passes, **ledger}
+        )
+        began = now - float(row.get("time/train_s", 0.0))
+        parts = {k: row[f"time/{k}_s"] for k in ("pack", "forward", "backward", "optimiser") if f"time/{k}_s" in row}
+        self._span("wait", began - float(row.get("time/wait_s", 0.0)), began)
+        self._span("train", began, now, seconds=parts)
+
+    async def published(self, incarnation: int, version: int, row: Mapping[str, Any]) -> None:
+        """Nobody samples, so nobody waits for the weights."""
+        self._fence(incarnation)
+
+    async def checkpointed(self, incarnation: int, step: int, seconds: float = 0.0) -> None:
+        """A checkpoint of step `step` is on disk."""
+        self._fence(incarnation)
+        self._span("checkpoint", time.time() - seconds, time.time())
+
+    async def state(self) -> dict[str, Any]:
+        """Plain values that go into a checkpoint together with the learner's."""
+        return {
+            "cursor": self._cursor, "step": self._step, "trained": self._trained, "dropped": dict(self._dropped),
+            "incarnation": self._incarnation,
+        }  # fmt: skip
+
+    async def stop(self, reason: str) -> None:
+        """The run must end; `reason` is one line for the user."""
+        self._fatal = self._fatal or reason
+
+    # -------------------------------------------------------------------------------------------------- driver
+
+    async def counts(self) -> Counts:
+        """Episodes read so far, by place. A group is admitted when it goes into a batch, or is passed over."""
+        held = (self._made.episodes, self._made.dropped) if self._made else (0, 0)
+        dropped = self._dropped + Counter({"masked": held[1]})
+        return Counts(self._trained + held[0] + dropped.total(), 0, 0, held[0], self._trained, dict(dropped))
+
+    async def rows(self) -> list[dict[str, Any]]:
+        """Log rows since the last call. Raises OutOfOrder when the run cannot go on."""
+        if self._fatal:
+            raise OutOfOrder(self._fatal)
+        rows, self._rows = self._rows, []
+        return rows
+
+    async def event(self, message: str) -> None:
+        """Adds a line for people to the run's log."""
+        self._say(message)
+
+    async def pulse(self) -> tuple[str, float]:
+        """What the run waits for here, and since when (unix seconds)."""
+        if self._incarnation < 0:
+            return "a learner", self._since
+        return f"{'the learner to train' if self._made else 'disk for'} batch {self._step}", self._since
+
+    async def close(self) -> None:
+        """Nothing is under way but a batch that nobody will ask for."""
+        self._ahead = None
+
+    # -------------------------------------------------------------------------------------------------- inside
+
+    def _prepare(self, cursor: int, step: int, world_size: int) -> asyncio.Task[_Made]:
+        """The batch of a place, being made; there is at most one."""
+        key = (cursor, step, world_size)
+        if self._ahead is None or self._ahead[0] != key:
+            self._ahead = key, asyncio.create_task(asyncio.to_thread(self._make, *key))
+        return self._ahead[1]
+
+    def _make(self, cursor: int, step: int, world_size: int) -> _Made:
+        recording, setup = self._recording, self._setup
+        begin, groups, ages, dropped = cursor, list[Group](), list[int](), 0
+        while len(groups) < setup.buffer.groups_per_batch:
+            if cursor - begin >= len(recording):
+                raise RecordError(f"{recording.folder} has fewer groups that can be trained than one batch takes")
+            entry = recording.entries[cursor % len(recording)]
+            group = entry.frame.read(Group)
+            cursor += 1
+            if all(masked_cause(member) for member in group.members):
+                dropped += len(group.members)
+                continue
+            groups.append(group)
+            ages += recorded_ages(group, entry.step)
+        last = step + 1 >= setup.steps or time.time() >= setup.ends_at
+        batch = make_batch(step, groups, setup.advantage, max_staleness=None, world_size=world_size, last=last)
+        batch.stats["staleness/mean"] = sum(ages) / max(1, len(ages))
+        batch.stats["staleness/max"] = float(max(ages, default=0))
+        return _Made(batch, cursor, sum(len(g.members) for g in groups), dropped)
+
+    def _fence(self, incarnation: int) -> None:
+        if incarnation != self._incarnation:
+            raise Fenced(f"learner {incarnation} was replaced by learner {self._incarnation}")
+
+    def _say(self, message: str) -> None:
+        self._rows.append({"kind": "event", "step": self._step, "time": time.time(), "message": message})
+
+    def _span(self, phase: str, began: float, ended: float, **more: Any) -> None:
+        row = {"kind": "span", "actor": "learner", "phase": phase, "began": round(began, 4), "ended": round(ended, 4)}
+        self._rows.append({**row, "step": self._step, "time": ended, **more})
+
+
+def recorded_ages(group: Group, step: int) -> list[int]:
+    """Per member: optimiser batches between its oldest weights and the step it was trained in (else: its newest weights)."""
+    versions = [[v.step for v in t.versions] for t in group.trajectories]
+    now = step if step >= 0 else max((v for member in versions for v in member), default=0)
+    return [now - min(member) for member in versions if member]
+
+
+def check_recording(recording: Recording, advantage: AdvantageConfig, groups_per_batch: int) -> None:
+    """What a first look can tell. Raises RecordError, one line, when the groups cannot be trained in this way."""
+    if len(recording) < groups_per_batch:
+        raise RecordError(
+            f"{recording.folder} holds {len(recording)} groups, which is less than one batch; "
+            f"set buffer.groups_per_batch={len(recording)} or less"
+        )
+    entry, group = next(
+        ((e, g) for e in recording.entries for g in [e.frame.read(Group)] if not all(map(masked_cause, g.members))),
+        (None, None),
+    )
+    if entry is None or group is None:
+        raise RecordError(f"no group in {recording.folder} was judged, so there is nothing to train; give another run")
+    try:
+        to_samples(group, advantage)
+    except RecordError as error:
+        raise RecordError(f"{entry.frame.path}:{entry.frame.number}: {error}") from None
+    lazy = [v for v in group.verdicts if v.parts.get("rubric_judged") == 0]
+    if lazy and advantage.name == "c_grpo" and not advantage.correct_only:
+        raise RecordError(
+            f"{recording.folder} was recorded with lazy rubrics: wrong answers have none; "
+            "advantage.correct_only=false needs a recording with reward.lazy_rubrics=false"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ driver
+
+
+class Staff:
+    """Who works beside the learner of a replay: nobody but the replay itself."""
+
+    def __init__(self, config: RunConfig, setup: BufferSetup, source: Path) -> None:
+        import ray
+
+        from cluster.actors import LASTING
+        from cluster.runtime import actor
+        from cluster.watchdog import Watchdog
+
+        self.buffer: Any = actor(Replay, **LASTING).remote(setup, str(source))
+        ray.get(self.buffer.counts.remote())
+        self.watchdog = Watchdog(config.watch)
+        self.watchdog.watch("replay", self.buffer)
+
+    def tend(self) -> list[str]:
+        return self.watchdog.look()
+
+    def fence(self, incarnation: int) -> None:
+        """Nobody plays for earlier learners."""
+
+
+def run_replay(config: RunConfig) -> dict[str, Any]:
+    """Trains from the groups that `config.replay` names. Returns what also lies in the run's `summary.json`."""
+    import ray
+
+    from cluster.learner import LearnerRun, Setup
+    from cluster.model import prepare_model
+    from cluster.rundir import open_run
+    from cluster.runtime import ray_session
+    from cluster.train import ends_at, newest, over, result, sampled_tokens
+    from cluster.watch import Teller, watch
+
+    source = check(config)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(open_run(config))
+        if (done := over(folder, config.train.steps)) is not None:
+            return done
+        teller = stack.enter_context(Teller(folder, config.train.steps, wandb=config.train.wandb))
+        with teller.phase("model and Ray"):
+            model = prepare_model(config.model, folder.path, config.seed)
+            train = config.train
+            wanted = {"CPU": train.num_workers * train.worker_cpus, "GPU": train.num_workers * train.worker_gpus}
+            stack.enter_context(ray_session(config.ray, {kind: n for kind, n in wanted.items() if n}))
+        with teller.phase("training"):
+            setup = BufferSetup(config.buffer, config.advantage, train.steps, ends_at(config), train.max_failures)
+            staff = Staff(config, setup, source)
+            learner = LearnerRun(
+                Setup(model, train, config.learner, staff.buffer, None, "", str(folder.checkpoints)), folder.path
+            )
+            watch(staff, learner, teller, train.batch_timeout_s)
+        summary = {
+            "name": config.name, "steps": teller.step, "sampled_tokens": sampled_tokens(folder), "seconds": teller.seconds,
+            "ledger": asdict(ray.get(staff.buffer.counts.remote())), "checkpoint": newest(folder), "replayed": str(source),
+        }  # fmt: skip
+        teller.log.summary(summary)
+    return result(folder, summary)
+
+
+def check(config: RunConfig) -> Path:
+    """All that can be known to be wrong before anything is started or written. Returns the folder of the groups."""
+    from cluster.machine import check_ray, check_storage
+    from cluster.model import resolve
+    from cluster.preflight import check_language, check_policy, check_section, check_settings
+    from cluster.rundir import find_run, storage_dir
+    from cluster.runtime import joined_address
+    from cluster.speech import make_speech
+
+    for section in (config.advantage, config.learner, config.buffer, config.train):
+        check_section(section)
+    check_settings(config)
+    given = Path(config.replay).expanduser()
+    source = groups_dir(given if given.is_dir() else storage_dir(config.storage_path) / config.replay)
+    run_dir = find_run(config)[1]
+    if run_dir.resolve() in (source.resolve(), source.resolve().parent):
+        raise UserError(f"the replay of {run_dir} would take the place of what it reads; give it another name=")
+    recording = Recording(source)
+    model = resolve(config.model.path)
+    tokenizer = resolve(config.model.tokenizer) if config.model.tokenizer else model
+    check_policy(config, model)
+    check_language(config, tokenizer, model)
+    check_speech(recording.manifest, make_speech(str(tokenizer), config.protocol), source)
+    check_recording(recording, config.advantage, config.buffer.groups_per_batch)
+    check_storage(config.storage_path)
+    if joined := joined_address(config.ray):
+        check_ray(joined)
+    return source
+
+
+def plan_replay(config: RunConfig) -> list[str]:
+    """What a replay would do, for `--dry-run`. Raises what is wrong with it."""
+    recording, train = Recording(check(config)), config.train
+    groups = config.buffer.groups_per_batch * train.steps
+    order = "as they were trained" if recording.entries[0].step >= 0 else "as they were recorded"
+    return [
+        f"replay      {recording.folder}: {len(recording)} groups, {order}",
+        f"learning    {config.advantage.name}, lr {config.learner.lr:g}, {train.steps} steps of "
+        f"{config.buffer.groups_per_batch} groups: {groups / len(recording):.2f} passes",
+        "Nothing was started.",
+    ]

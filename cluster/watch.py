@@ -1,0 +1,165 @@
+"""Watching a training run: what the buffer reports goes to the log, what died is replaced, held-out tasks are played.
+
+Invariant: nothing here waits for an actor without a limit; a run that makes no step says who waits for whom, and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import ray
+
+from agents.types import Group
+from cluster.errors import UserError
+from cluster.evaluate import Evaluation, eval_row
+from cluster.learner import LearnerRun
+from cluster.progress import Progress
+from cluster.rundir import RunFolder
+from cluster.runlog import RunLog, read_metrics
+from cluster.spans import SpanLog
+from cluster.watchdog import Poll, Watchdog
+
+POLL_S = 0.5
+
+
+class Staff(Protocol):
+    """Who works beside the learner, as far as watching goes (`Actors`; a replay has nobody but its buffer)."""
+
+    buffer: Any
+    watchdog: Watchdog
+
+    def tend(self) -> Sequence[str]: ...
+
+    def fence(self, incarnation: int) -> None: ...
+
+
+class Teller:
+    """Everything a run tells: metrics, spans, the progress line, seconds per phase."""
+
+    def __init__(self, run: RunFolder, steps: int, *, wandb: bool = False) -> None:
+        done = [int(r["step"]) for r in read_metrics(run.path) if r["kind"] == "train"] if run.resumed else []
+        self.step = done[-1] if done else 0
+        """Optimiser steps told so far."""
+        self.seconds: dict[str, float] = {}
+        self._last = time.time()
+        with contextlib.ExitStack() as stack:  # whatever was opened is closed again when the next one fails
+            self.log = stack.enter_context(RunLog(run.path, wandb=wandb))
+            self._spans = stack.enter_context(SpanLog(run.path))
+            self._progress = Progress(steps, start=self.step)
+            stack.callback(self._progress.close)
+            self._open = stack.pop_all()
+        for line in run.lines:
+            self.event(line)
+
+    def __enter__(self) -> Teller:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A part of the run, timed (seconds add up when it comes more than once)."""
+        began = time.monotonic()
+        self._progress.note(f"{name} ...")
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - began, 1)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last optimiser step."""
+        return time.time() - self._last
+
+    def event(self, message: str) -> None:
+        self.log.event(self.step, message)
+        self._progress.note(message)
+
+    def evaluation(self, step: int, groups: list[Group]) -> None:
+        """A world without held-out tasks has none."""
+        if groups:
+            self.evaluated(step, eval_row(groups))
+
+    def evaluated(self, step: int, row: dict[str, float]) -> None:
+        self.log.evaluation(step, row)
+        self._progress.evaluation(step, row)
+
+    def train(self, row: dict[str, Any], more: dict[str, float]) -> None:
+        """The row of an optimiser step, with what only the driver knows: step time and load."""
+        at, when = row.pop("step"), row.pop("time")
+        if row.pop("again", 0.0) and at <= self.step:
+            return
+        row["time/step_s"], self._last, self.step = when - self._last, when, at
+        if "episode/tokens" in row:
+            row["tokens_per_s"] = row["episodes"] * row["episode/tokens"] / max(row["time/step_s"], 1e-9)
+        row.update(more)
+        self._progress.update(at, row)
+        self.log.log("train", at, row)
+
+    def row(self, kind: str, row: dict[str, Any]) -> None:
+        """Any other row of the buffer."""
+        if kind == "span":
+            self._spans.write([row])
+        elif kind == "event":
+            self.event(row["message"])
+        else:
+            self.log.log(kind, row.pop("step"), row)
+
+    def wait_begins(self) -> None:
+        """Step times count from here."""
+        self._last = time.time()
+
+
+def watch(
+    staff: Staff,
+    learner: LearnerRun,
+    teller: Teller,
+    timeout_s: float,
+    *,
+    load: Poll | None = None,
+    evaluation: Evaluation | None = None,
+) -> None:
+    """Until training ends. Raises UserError when it cannot go on, or makes no step for `timeout_s`."""
+    rows = Poll(staff.buffer.rows.remote)
+    teller.wait_begins()
+
+    def tell(found: Sequence[dict[str, Any]]) -> None:
+        for row in found:
+            kind = row.pop("kind")
+            if kind == "train":
+                teller.train(row, (load.take() or {}) if load is not None else {})
+            elif kind == "fence":
+                teller.step = row["step"]
+                staff.fence(row["incarnation"])
+            else:
+                teller.row(kind, row)
+
+    while True:
+        running = learner.running
+        tell(rows.take(POLL_S) or ())
+        for line in staff.tend():
+            teller.event(line)
+        if evaluation is not None and (found := evaluation.tick(teller.step)) is not None:
+            teller.evaluated(*found)
+        if not running:
+            tell(_until(rows.take, 60.0) or ())
+            ray.get(staff.buffer.close.remote(), timeout=60)
+            return
+        if teller.idle_s > timeout_s:
+            waits = "; ".join(staff.watchdog.waiting_for()[:3]) or "nobody says what it waits for"
+            raise UserError(
+                f"no optimiser batch within {timeout_s:g} s: {waits}; look at its log in the run's folder, "
+                "or raise train.batch_timeout_s; resume= goes on from the last checkpoint"
+            )
+
+
+def _until(take: Callable[[float], Any], seconds: float) -> Any:
+    """The first answer within the time: the last rows, also of a buffer that is just coming back."""
+    deadline = time.monotonic() + seconds
+    while (found := take(1.0)) is None and time.monotonic() < deadline:
+        pass
+    return found

@@ -1,0 +1,175 @@
+"""What limits a run and what is wrong with it: one hand-made run per verdict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agents.report.findings import BROKEN, LIMIT, Finding, findings
+from agents.report.spans import Span
+from cluster.doctor import examine_run
+
+# A step of 10 s in which nothing stands out.
+EVEN = {"time/step_s": 10.0, "time/wait_s": 1.5, "time/train_s": 4.5, "time/publish_s": 1.0, "time/checkpoint_s": 0.8}
+
+
+def run(steps: int = 12, **values: Any) -> list[dict[str, Any]]:
+    """Rows of a run of 10 s a step, the first one slow; keys have `__` for `/`."""
+    row = {**EVEN, **{k.replace("__", "/"): v for k, v in values.items()}}
+    rows = [{"kind": "train", "step": s, "time": 1000.0 + 10 * s, **row} for s in range(1, steps + 1)]
+    rows[0]["time/step_s"] = 500.0  # it holds the set-up and must not count
+    return rows
+
+
+def leases(steps: int = 12, busy_s: float = 10.0, worker: str = "rollout-0") -> list[Span]:
+    return [Span(worker, "rollout", 1000.0 + 10 * s, 1000.0 + 10 * s + busy_s, s) for s in range(steps + 1)]
+
+
+def first(found: list[Finding]) -> str:
+    return f"{found[0].what} -> {found[0].change}"
+
+
+def test_a_healthy_run_has_no_problems() -> None:
+    rows = run(groups__count=8, groups__zero_spread=1, mismatch__kl_k3=1e-5, masked__share=0.01)
+    assert [f.rank for f in findings(rows, leases(), now=1125.0, free_bytes=1e12)] == [LIMIT]
+    assert findings([]) == []
+
+
+def test_the_learner_limits() -> None:
+    found = findings(
+        run(time__wait_s=0.3, time__train_s=8.5, time__forward_s=2.5, time__backward_s=5.3, time__pack_s=0.1), leases()
+    )
+    text = first(found)
+    assert text.startswith("the learner limits: it waited 3 % of the time and trained 85 %")
+    assert "forward and backward are 78 % of a step of 10 s" in text
+    assert "train.num_workers" in text and "learner.max_tokens_per_microbatch" in text
+    padded = first(
+        findings(run(time__wait_s=0.3, time__train_s=8.5, learner__tokens=600, learner__computed_tokens=1000))
+    )
+    assert "40 % of what it computes is padding" in padded and "learner.layout=packed" in padded
+
+
+WAITS: dict[str, Any] = {"time__wait_s": 6.1, "time__train_s": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("parts", "says", "key"),
+    [
+        ({"generate": 8.5, "tools": 1.0, "judge": 0.5}, "sampling limits: the learner waited 61 % of a step of 10 s; generating is 85 %", "fleet.num_engines"),
+        ({"generate": 1.0, "tools": 3.0, "judge": 1.0}, "the tools limit: the learner waited 61 % of a step of 10 s; searching and opening pages is 60 %", "service.concurrency"),
+        ({"generate": 2.0, "tools": 1.0, "judge": 7.0}, "the judge limits: the learner waited 61 % of a step of 10 s; judging is 70 %", "judge.concurrency"),
+        ({}, "rollouts limit: the learner waited 61 %", "rollout.workers"),
+    ],
+    ids=["sampling", "tools", "judge", "unknown"],
+)  # fmt: skip
+def test_rollouts_limit(parts: dict[str, float], says: str, key: str) -> None:
+    text = first(findings(run(**WAITS, **{f"rollout__{k}_s": v for k, v in parts.items()}), leases()))
+    assert text.startswith(says) and key in text
+
+
+def test_a_long_tail_and_busy_engines_are_named() -> None:
+    values = {"rollout__generate_s": 4.0, "rollout__tools_s": 0.0, "rollout__wall_s": 12.0, "engine__running": 14.2}
+    text = first(findings(run(**WAITS, **values), leases()))
+    assert "14 requests run at a time" in text and "the slowest attempt of a group takes 3.0 times the mean" in text
+
+
+def test_admission_limits_when_learner_and_rollouts_take_turns() -> None:
+    rows = run(**WAITS, rollout__generate_s=8.0, staleness__mean=0.0)
+    text = first(findings(rows, [*leases(busy_s=6.5), *leases(busy_s=5.5, worker="rollout-1")]))
+    assert text.startswith("admission limits: the learner waited 61 %") and "without any lease 38 %" in text
+    assert "buffer.max_staleness" in text
+
+
+def test_publishing_checkpoints_and_the_rest_limit() -> None:
+    text = first(findings(run(time__train_s=2.5, time__publish_s=3.0, publish__pause_ms=900.0), leases()))
+    assert "publishing limits: 30 % of a step, 3 s each time (samplers stood still 900 ms of it)" in text
+    assert "checkpoints limit: 35 %" in first(findings(run(time__train_s=2.5, time__checkpoint_s=3.5), leases()))
+    assert "40 % of a step is in none" in first(
+        findings(
+            run(time__train_s=2.0, time__wait_s=1.0, time__publish_s=1.0, time__checkpoint_s=0.0, time__step_s=6.7)
+        )
+    )
+
+
+def test_publish_and_checkpoint_are_found_outside_the_training_row() -> None:
+    rows = [{k: v for k, v in r.items() if k not in ("time/publish_s", "time/checkpoint_s")} for r in run()]
+    rows += [{"kind": "publish", "step": s, "time/publish_s": 2.5} for s in range(1, 13)]
+    spans = [Span("learner", "checkpoint", 1000.0 + 10 * s, 1001.5 + 10 * s, s) for s in range(1, 13)]
+    text = " ".join(f.what for f in findings(rows, [*leases(), *spans]))
+    assert "publishing limits: 25 %" in text and "checkpoints limit: 15 %" in text
+
+
+def test_what_is_broken_comes_first() -> None:
+    rows = run(ledger__admitted=100, ledger__running=10, ledger__trained=80, **WAITS)
+    found = findings(rows, leases(), free_bytes=2**29)
+    assert [f.rank for f in found[:3]] == [BROKEN, BROKEN, LIMIT]
+    assert "the ledger does not balance: 100 admitted, 90 accounted for" in found[0].what
+    assert "the disk is nearly full: 0.50 GiB free" in found[1].what and "train.keep_checkpoints" in found[1].change
+
+
+def test_no_step_for_long_names_who_is_waited_for() -> None:
+    rows = [
+        *run(ledger__running=30, ledger__ready=4),
+        {"kind": "event", "step": 12, "time": 1125.0, "message": "the judge\nis slow"},
+    ]
+    now = 1120.0 + 600
+    still = [*leases(70), Span("learner", "wait", 1110.0, 1115.0, 11), Span("learner", "train", 1115.0, 1120.0, 12)]
+    found = findings(rows, still, now=now)
+    assert found[0].rank == BROKEN
+    assert (
+        "no optimiser step for 10 min (one takes 10 s); learner did nothing since (last seen learner: train)"
+        in found[0].what
+    )
+    assert "“the judge is slow” (step 12)" in found[0].what and "held 30 running, 4 ready" in found[0].change
+    dead = findings(rows, [s for s in still if s.ended <= 1120], now=now)
+    assert (
+        "nobody wrote anything for 10 min: the driver was stopped or killed" in dead[0].what
+        and "resume=auto" in dead[0].change
+    )
+    assert not any(f.rank == BROKEN for f in findings(rows, still, now=now, finished=True))
+    assert not any(f.rank == BROKEN for f in findings(rows, still, now=1120.0 + 60))
+
+
+def test_what_costs_learning() -> None:
+    rows = run(
+        mismatch__kl_k3=0.05, mismatch__cut=0.02, ratio__max=9.0, groups__count=8, groups__zero_spread=6, success=0.95,
+        masked__share=0.25, masked__judge_down=12.0, masked__stale=3.0, skipped__nonfinite=0.5,
+        ledger__admitted=100, ledger__trained=70, ledger__dropped=30, dropped__stale=20, dropped__worker_lost=10,
+    )  # fmt: skip
+    text = "\n".join(f.what for f in findings(rows, leases()))
+    for expected in (
+        "sampler and learner disagree: KL (k3) 0.05, ratio up to 9; 2 % of the tokens were cut",
+        "75 % of the groups teach nothing: all their attempts got the same reward (success 0.95, so the tasks are too easy)",
+        "25 % of the attempts are left out of the loss (of a batch: judge_down 12.0)",
+        "30 % of the admitted episodes were dropped (20 % stale, 10 % worker_lost)",
+        "6 of the last 11 optimiser steps were skipped",
+    ):
+        assert expected in text, expected
+
+
+def test_restarts_and_rewinds() -> None:
+    told = [
+        "sampler-0 was fenced: gone",
+        "sampler-1 took its place with weights v3",
+        "rollout-2 died with 4 leases",
+        "sampler-1 was fenced: silent",
+    ]
+    rows = [*run(8), *run(12)[5:], *({"kind": "event", "step": 7, "message": m} for m in told)]
+    text = "\n".join(f.what for f in findings(rows, leases()))
+    assert "3 restarts (2 x sampler, 1 x rollout); the last: “sampler-1 was fenced: silent” (step 7)" in text
+    assert "the learner went back 1 time; 3 steps were trained again" in text
+
+
+def test_the_command_prints_them(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in run(time__wait_s=0.3, time__train_s=8.5))
+    )
+    lines, healthy = examine_run(tmp_path)
+    assert not healthy and any("1. BROKEN: no optimiser step for" in line for line in lines)
+    (tmp_path / "summary.json").write_text("{}")
+    lines, healthy = examine_run(tmp_path)
+    assert healthy and any("1. the learner limits" in line for line in lines)
+    assert all(len(line.splitlines()) <= 1 for line in lines)

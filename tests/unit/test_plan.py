@@ -1,0 +1,85 @@
+"""The plan of a dry run: the figures of the demo by hand, what cannot be known, and the exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster import cli, sizes
+from cluster.config import ROOT, load_config
+from cluster.model import ModelShape
+from cluster.plan import plan
+from cluster.schema import RunConfig
+
+SHAPES = ROOT / "configs" / "shapes"
+
+
+def shape(name: str) -> ModelShape:
+    return ModelShape.of(json.loads((SHAPES / f"{name}.json").read_text()))
+
+
+def test_shapes_count_what_the_models_have() -> None:
+    dense, sparse = shape("qwen3_4b"), shape("qwen3_30b_a3b")
+    assert dense.architecture == "qwen3" and dense.num_parameters == pytest.approx(4.02e9, rel=0.01)
+    assert sparse.architecture == "qwen3_moe" and sparse.num_parameters == pytest.approx(30.5e9, rel=0.01)
+    assert dense.kv_values_per_token == 2 * 36 * 8 * 128
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_a_shape_counts_the_parameters_of_a_real_model(moe: bool) -> None:
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+    common = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": not moe,
+    }  # fmt: skip
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
+    config = Qwen3MoeConfig(**common, **experts) if moe else Qwen3Config(**common)
+    norms = 3 * (2 * 32 + 2 * 8) + 32
+    counted = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    assert ModelShape.of(config.to_dict()).num_parameters == counted - norms
+
+
+def test_the_demo_is_planned_and_can_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("machine", "plan"):
+        monkeypatch.setattr(f"cluster.{module}.free_memory", lambda: 16 << 30)
+    assert cli.main(["train", "demo", "--dry-run", f"storage_path={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert "a step trains at most 40,960: 64 episodes (8 tasks x 8) of at most 640" in out
+    assert "at most 1: 128 episodes" in out and "asks Ray    1 CPU\n" in out and "16.0 GiB free" in out
+    assert "missing     nothing\nNothing was started.\n" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_the_sum_of_its_parts() -> None:
+    config = load_config("demo", ["fleet.num_engines=3", "ray.object_store_mb=1024"], RunConfig)
+    model = ModelShape("qwen3", 1 << 28, 64, 0)  # 1 GiB in float32
+    sampler, learner = sizes.shares(config, model)
+    assert sampler.each_gib == pytest.approx(1 + 0.25 + sizes.ENGINE_GIB)
+    assert learner.each_gib == pytest.approx(4 + sizes.LEARNER_GIB)
+    whole = 3 * sampler.each_gib + learner.each_gib + 2 * 1 + 3 + sizes.BASE_GIB + 1
+    assert sizes.host_gib(config, model) == pytest.approx(whole)
+    assert sizes.checkpoints_gib(config, model) == pytest.approx(3 * 3)
+
+
+def test_gpus_hold_samplers_and_sharded_learners() -> None:
+    config = load_config("carr_30b_grpo", [], RunConfig)
+    sampler, learner = sizes.shares(config, shape("qwen3_30b_a3b"), 131.0)
+    assert sampler.each_gib == pytest.approx(0.8 * 131.0)
+    assert learner.parts_gib == {"all weights while it loads": pytest.approx(113.7, rel=0.01)}
+    config.train.num_workers = 2
+    assert sizes.shares(config, shape("qwen3_30b_a3b"))[1].each_gib == pytest.approx(
+        16 * 30.5e9 / 2 / (1 << 30), rel=0.01
+    )
+    assert sizes.needs(config) == {"CPU": 16, "GPU": 4}
+
+
+def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+    made = plan(load_config("demo", [f"model.path={tmp_path}", f"storage_path={tmp_path}"], RunConfig))
+    text = "\n".join(made.text)
+    assert "of unknown size" in text and "unknown until config.json is there" in text
+    assert any("holds no config.json" in line for line in made.missing)

@@ -1,0 +1,135 @@
+"""Every config that comes along: it loads, it is planned without Ray, and where all that it names is in place nothing is missing.
+
+A new file in configs/ is taken up by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cluster import cli
+from cluster.config import CONFIGS, ROOT, config_names, load_config
+from cluster.model import resolve
+from cluster.plan import plan
+from cluster.schema import RunConfig
+
+POLICY = ROOT / "envs" / "world" / "policy"
+RUNS = [name for name in config_names() if "\nwarmup:" not in (CONFIGS / f"{name}.yaml").read_text()]
+"""Configs of training runs; those of the warm-up have another schema, and test_cli loads them."""
+CARR = [name for name in RUNS if name.startswith("carr_")]
+
+
+@pytest.fixture
+def listener() -> Iterator[str]:
+    """An address at which somebody listens."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+
+
+def a_checkpoint(folder: Path, shape: str) -> Path:
+    """A folder that looks like the recipe's weights: their configuration, a tokenizer, and a file with a whole header."""
+    shutil.copytree(POLICY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    if shape:
+        shutil.copy(resolve(shape), folder / "config.json")
+    config = json.loads((folder / "config.json").read_text())
+    rows = config["vocab_size"]
+    header = {"model.embed_tokens.weight": {"dtype": "F32", "shape": [rows, 1], "data_offsets": [0, 4 * rows]}}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4 * rows))
+    return folder
+
+
+def in_place(name: str, folder: Path, judge: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides that put stand-ins where a recipe names what is not part of the repository."""
+    config = load_config(name, [], RunConfig)
+    overrides = [f"storage_path={folder}"]
+    if not (resolve(config.model.path) / "config.json").exists():
+        overrides.append(f"model.path={a_checkpoint(folder / 'model', config.model.shape)}")
+    if config.world.kind == "jsonl":
+        (folder / "corpus.jsonl").write_text('{"id": "https://a.page", "title": "a", "text": "b"}\n')
+        task = {"question": "?", "answers": ["b"], "rubrics": ["<E0> is on the page a."]}
+        for side in ("tasks", "eval_tasks"):
+            (folder / f"{side}.jsonl").write_text(json.dumps({"id": side, **task}) + "\n")
+            overrides.append(f"world.jsonl.{side}={folder}/{side}.jsonl")
+        overrides.append(f"world.jsonl.corpus=[{folder}/corpus.jsonl]")
+    if config.judge.kind == "chat":
+        overrides.append(f"judge.base_url={judge}")
+        if config.judge.api_key_env:
+            monkeypatch.setenv(config.judge.api_key_env, "x")
+    return overrides
+
+
+@pytest.fixture
+def large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of the size that recipes are written for: 8 GPUs of 141 GB, 2 TiB of memory, 8 TiB of disk."""
+    for module in ("machine", "plan"):
+        monkeypatch.setattr(f"cluster.{module}.machine_gpus", lambda: [131.0] * 8)
+        monkeypatch.setattr(f"cluster.{module}.free_memory", lambda: 2 << 40)
+    monkeypatch.setattr("cluster.machine.shutil.disk_usage", lambda _: SimpleNamespace(free=8 << 40))
+
+
+@pytest.mark.usefixtures("large_machine")
+@pytest.mark.parametrize("name", RUNS)
+def test_nothing_is_missing_where_all_that_a_recipe_names_is_in_place(
+    name: str, tmp_path: Path, listener: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan(load_config(name, in_place(name, tmp_path, listener, monkeypatch), RunConfig))
+    assert made.missing == ()
+    assert any(line.startswith("tokens") for line in made.lines) and "unknown" not in "\n".join(made.lines)
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+@pytest.mark.parametrize("name", CARR)
+def test_a_recipe_is_planned_where_nothing_of_it_is_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DEEPSEEK_API_KEY", raising=False)
+    nowhere = [f"storage_path={tmp_path}", f"model.path={tmp_path}/weights", "judge.base_url=http://127.0.0.1:9/v1"]
+    nowhere += [
+        f"world.jsonl.{key}" for key in (f"tasks={tmp_path}/a", f"eval_tasks={tmp_path}/b", f"corpus=[{tmp_path}/c]")
+    ]
+    assert cli.main(["train", name, "--dry-run", *nowhere]) == 2
+    out = capsys.readouterr().out
+    for text in ("weights does not exist", "/a does not exist", "/b does not exist", "/c does not exist", "DEEPSEEK_API_KEY is not set",
+                 "nobody answers", "this run asks for 8 GPUs", "billion parameters", "a step trains at most 8,192,000"):  # fmt: skip
+        assert text in out, f"{text!r} not in {out}"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", CARR)
+def test_carr_is_trained_as_published(name: str) -> None:
+    config = load_config(name, [], RunConfig)
+    buffer, learner, sampling, loss = config.buffer, config.learner, config.sampling, config.learner.loss
+    assert (buffer.groups_per_batch, buffer.group_size, config.train.steps, buffer.max_staleness) == (16, 8, 419, 0)
+    assert (learner.lr, learner.betas, learner.weight_decay, learner.schedule) == (2e-6, [0.9, 0.98], 0.1, "constant")
+    assert (learner.minibatches, learner.warmup_steps, learner.aggregation) == (1, 0, "token_mean")
+    assert (loss.clip_low, loss.clip_high, loss.mismatch, loss.icepop_low, loss.icepop_high) == (
+        0.2,
+        0.28,
+        "icepop",
+        0.5,
+        2.0,
+    )
+    assert (loss.kl_coef, loss.entropy_coef, sampling.temperature, sampling.max_context) == (0.0, 0.0, 1.0, 64_000)
+    assert (config.sandbox.default_k, config.sandbox.page_chars, config.reward.max_cited_pages) == (10, 10_000, 20)
+    advantage = config.advantage
+    if name.endswith("_cgrpo"):
+        assert (config.reward.name, advantage.name, advantage.alpha, advantage.normalise) == (
+            "carr",
+            "c_grpo",
+            0.3,
+            "group",
+        )
+    else:
+        assert (config.reward.name, advantage.name) == ("outcome", "grpo")

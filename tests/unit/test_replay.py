@@ -1,0 +1,217 @@
+"""The replay in the buffer's place: the recording's order, passes, cursor, fences, and refusals before anything starts."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agents.advantages import AdvantageConfig
+from agents.types import Group, RecordError, Verdict, Version
+from cluster.buffer import BufferConfig, BufferSetup, Fenced, OutOfOrder
+from cluster.replay import Replay
+from tests.builders import a_group
+from tests.unit.test_record import GROUPS, record, trained, write_ledger
+
+
+def a_replay(run_dir: Path, *, groups: int = 2, steps: int = 3, advantage: str = "grpo", **more: Any) -> Replay:
+    buffer = BufferConfig(groups_per_batch=groups, group_size=2)
+    return Replay(BufferSetup(buffer, AdvantageConfig(name=advantage, **more), steps), str(run_dir))
+
+
+async def batch_of(replay: Replay, incarnation: int, step: int) -> Any:
+    batch = await replay.next_batch(incarnation, step)
+    assert batch is not None and batch.step == step
+    counts = await replay.counts()
+    assert counts.balanced and counts.in_batch
+    return batch
+
+
+def leases(batch: Any) -> list[str]:
+    return list(dict.fromkeys(s.group_id for shard in batch.shards for s in shard))
+
+
+async def test_batches_are_the_recording_in_order_pass_after_pass(tmp_path: Path) -> None:
+    replay = a_replay(record(tmp_path), groups=4, steps=4)
+    assert await replay.enter(None) == 0
+    seen: list[str] = []
+    for step in range(4):
+        batch = await batch_of(replay, 0, step)
+        assert batch.last == (step == 3) and batch.stats["episodes"] == 8
+        seen += leases(batch)
+        await replay.settle(0, step, {"loss": 0.5})
+        await replay.settle(0, step, {"loss": 0.5})  # asked again: the answer was lost
+    ids = [g.id for g in GROUPS]
+    assert seen == (ids * 3)[:16]
+    counts = await replay.counts()
+    assert counts.balanced and counts.trained == counts.admitted == 32
+    rows = await replay.rows()
+    train = [r for r in rows if r["kind"] == "train"]
+    assert [r["step"] for r in train] == [1, 2, 3, 4] and train[1]["loss"] == 0.5
+    assert [round(r["replay/passes"], 2) for r in train] == [0.67, 1.33, 2.0, 2.67]
+    assert train[-1]["ledger/trained"] == 32 and "ledger/dropped" in train[0]
+    assert sum("begins again" in r["message"] for r in rows if r["kind"] == "event") == 2
+    assert {(r["actor"], r["phase"]) for r in rows if r["kind"] == "span"} == {
+        ("learner", "wait"),
+        ("learner", "train"),
+    }
+    assert (await replay.rows()) == []
+
+
+async def test_the_algorithm_is_the_config_s_and_nothing_else_changes(tmp_path: Path) -> None:
+    record(tmp_path)
+    found = {}
+    for name in ("grpo", "dr_grpo"):
+        replay = a_replay(tmp_path, advantage=name)
+        await replay.enter(None)
+        found[name] = (await batch_of(replay, 0, 0)).shards[0]
+    for one, other in zip(found["grpo"], found["dr_grpo"], strict=True):
+        assert np.array_equal(one.token_ids, other.token_ids) and np.array_equal(one.logprobs, other.logprobs)
+        assert not np.array_equal(one.advantages, other.advantages)
+
+
+async def test_ranks_share_a_batch_without_losing_a_sample(tmp_path: Path) -> None:
+    replay = a_replay(record(tmp_path), groups=3)
+    await replay.enter(None)
+    first, second = [await replay.next_batch(0, 0, 2) for _ in range(2)]
+    assert first is second and first is not None
+    assert sorted(s.rollout_id for shard in first.shards for s in shard) == sorted(
+        f"{g.task.id}/{g.id}/{i}" for g in GROUPS[:3] for i in range(2)
+    )
+
+
+async def test_a_learner_that_goes_back_goes_on_at_the_same_group(tmp_path: Path) -> None:
+    record(tmp_path)
+    replay = a_replay(tmp_path, steps=6)
+    await replay.enter(None)
+    await batch_of(replay, 0, 0)
+    await replay.settle(0, 0, {})
+    saved = json.loads(json.dumps(await replay.state()))  # plain values
+    expected = leases(await batch_of(replay, 0, 1))
+    await replay.settle(0, 1, {})
+    assert await replay.enter(saved) == 1
+    with pytest.raises(Fenced):
+        await replay.next_batch(0, 1)
+    with pytest.raises(Fenced):
+        await replay.settle(0, 1, {})
+    assert leases(await batch_of(replay, 1, 1)) == expected
+    assert (await replay.counts()).trained == 4
+
+    resumed = a_replay(tmp_path, steps=6)  # another driver, later
+    assert await resumed.enter(saved) == 1
+    assert leases(await batch_of(resumed, 1, 1)) == expected
+    assert (await resumed.counts()).balanced
+
+
+async def test_a_checkpoint_of_a_live_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="of a live run"):
+        await a_replay(record(tmp_path)).enter({"ledger": {"version": 3, "trained": 24}, "curriculum": {}})
+
+
+async def test_learners_that_end_one_after_the_other_end_the_run(tmp_path: Path) -> None:
+    replay = a_replay(record(tmp_path))
+    for _ in range(6):
+        await replay.enter(None)
+    with pytest.raises(OutOfOrder, match="5 learners ended"):
+        await replay.rows()
+
+
+async def test_recorded_staleness_is_logged_and_old_groups_are_trained(tmp_path: Path) -> None:
+    old = [a_group(task=f"t{i}", group=f"t{i}/{i}", version=Version(0, i // 2), seed=i) for i in range(6)]
+    record(tmp_path, old)
+    write_ledger(tmp_path, *trained(7, *(g.id for g in old[:2])), *trained(9, *(g.id for g in old[4:])))
+    replay = a_replay(tmp_path, steps=2)
+    await replay.enter(None)
+    assert (await batch_of(replay, 0, 0)).stats["staleness/max"] == 7
+    await replay.settle(0, 0, {})
+    batch = await batch_of(replay, 0, 1)
+    assert batch.stats["staleness/mean"] == 7 and leases(batch) == [g.id for g in old[4:]]
+
+
+async def test_groups_that_nobody_could_judge_are_passed_over_and_counted(tmp_path: Path) -> None:
+    dead = GROUPS[1].with_verdicts([Verdict.unavailable("reward", "timeout")] * 2)
+    half = GROUPS[2].with_verdicts([Verdict.unavailable("reward", "timeout"), Verdict(1.0, {"outcome": 1.0})])
+    replay = a_replay(record(tmp_path, [GROUPS[0], dead, half, GROUPS[3]]), groups=3, steps=1)
+    await replay.enter(None)
+    batch = await batch_of(replay, 0, 0)
+    assert leases(batch) == [GROUPS[0].id, half.id, GROUPS[3].id] and batch.stats["masked/timeout"] == 1
+    counts = await replay.counts()
+    assert (counts.admitted, counts.in_batch, dict(counts.dropped)) == (8, 6, {"masked": 2})
+    await replay.settle(0, 0, {})
+    counts = await replay.counts()
+    assert counts.balanced and (counts.trained, dict(counts.dropped)) == (6, {"masked": 2})
+
+
+async def test_the_next_batch_is_made_while_the_learner_trains(tmp_path: Path) -> None:
+    replay = a_replay(record(tmp_path), steps=3)
+    await replay.enter(None)
+    await batch_of(replay, 0, 0)
+    assert replay._ahead is not None and replay._ahead[0] == (2, 1, 1)
+    await replay._ahead[1]
+    await replay.settle(0, 0, {})
+    began = time.monotonic()
+    assert await replay.next_batch(0, 1, timeout_s=0.0) is not None or time.monotonic() - began < 0.1
+
+
+def without_rubrics(group: Group) -> Group:
+    return group.with_verdicts([Verdict(v.reward, {"outcome": v.reward}) for v in group.verdicts])
+
+
+def lazily_judged(group: Group) -> Group:
+    return group.with_verdicts([Verdict(v.reward, {**v.parts, "rubric_judged": v.reward}) for v in group.verdicts])
+
+
+@pytest.mark.parametrize(
+    ("groups", "options", "says"),
+    [
+        (GROUPS, {"groups": 7}, "holds 6 groups, which is less than one batch; set buffer.groups_per_batch=6"),
+        (
+            [without_rubrics(g) for g in GROUPS],
+            {"advantage": "c_grpo"},
+            "c_grpo needs the verdict parts outcome and rubric",
+        ),
+        ([lazily_judged(g) for g in GROUPS], {"advantage": "c_grpo", "correct_only": False}, "lazy rubrics"),
+        ([g.with_verdicts([Verdict.unavailable("r", "x")] * 2) for g in GROUPS], {}, "no group .* was judged"),
+    ],
+)
+def test_a_recording_that_cannot_be_trained_so_is_refused_at_once(
+    tmp_path: Path, groups: list[Group], options: dict[str, Any], says: str
+) -> None:
+    record(tmp_path, groups)
+    with pytest.raises(RecordError, match=says) as error:
+        a_replay(tmp_path, **options)
+    assert "\n" not in str(error.value)
+
+
+async def test_damage_further_on_ends_the_run_with_its_place(tmp_path: Path) -> None:
+    record(tmp_path)
+    part = tmp_path / "groups" / "part-00000.msgpack.z"
+    replay = a_replay(tmp_path)
+    frame = replay._recording.entries[2].frame
+    data = bytearray(part.read_bytes())
+    data[frame.offset + frame.length // 2] ^= 16
+    part.write_bytes(data)
+    await replay.enter(None)
+    await batch_of(replay, 0, 0)
+    await replay.settle(0, 0, {})
+    with pytest.raises(RecordError, match=r"part-00000\.msgpack\.z:3: damaged record"):
+        await replay.next_batch(0, 1)
+
+
+async def test_memory_is_flat_however_long_the_replay_goes_on(tmp_path: Path) -> None:
+    replay = a_replay(record(tmp_path), steps=300)
+    await replay.enter(None)
+    held = []
+    for step in range(300):
+        await batch_of(replay, 0, step)
+        await replay.settle(0, step, {"loss": 0.0})
+        await replay.rows()
+        if step in (99, 298):
+            gc.collect()
+            held.append(len(gc.get_objects()))
+    assert held[1] < held[0] + 50
