@@ -139,8 +139,9 @@ def watch(
                 teller.row(kind, row)
 
     while True:
+        time.sleep(POLL_S)
         running = learner.running
-        tell(rows.take(POLL_S) or ())
+        tell(rows.take() or ())
         for line in staff.tend():
             teller.event(line)
         if evaluation is not None and (found := evaluation.tick(teller.step)) is not None:

@@ -43,8 +43,6 @@ class Books:
     """Leases whose training a restore took back."""
     returned: int = 0
     """Leases that a restore put back to ready."""
-    not_closed: str = ""
-    """A batch that was shipped and neither settled nor lost."""
 
     def move(self, line: Mapping[str, Any]) -> None:
         """One line of the journal. Raises AssertionError, naming the line, for one that cannot follow."""
@@ -126,6 +124,9 @@ class Books:
 
     def _checkpoint(self, line: Mapping[str, Any]) -> None:
         assert line["step"] <= self.step, "a checkpoint of a step that was not trained"
+
+    def _order(self, line: Mapping[str, Any]) -> None:
+        """Where the order of tasks stands: says nothing about leases."""
 
     def _lose(self, line: Mapping[str, Any]) -> None:
         assert line["reason"], "dropped without a reason"

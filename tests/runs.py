@@ -53,6 +53,13 @@ def below(pid: int) -> dict[int, str]:
     return found
 
 
+ACTORS = {
+    "sampler": "ray::Sampler", "engine": "VLLM::EngineCore", "rollout": "ray::RolloutWorker", "reward": "ray::RewardServer",
+    "retrieval": "ray::Retrieval", "buffer": "ray::Buffer", "learner": "ray::RayTrainWorker",
+}  # fmt: skip
+"""Titles of the processes of a run, by what they do; the driver is the one that was started."""
+
+
 def actors(pid: int, title: str) -> list[int]:
     """Pids of the processes below `pid` whose title begins with `title`, the oldest first."""
     return [child for child, name in sorted(below(pid).items()) if name.startswith(title)]

@@ -1,0 +1,161 @@
+"""Any actor of a run may die at any time: one run in which one after another does, and the run that goes on from it.
+
+Two engines and two rollout workers, so that there is always somebody left to go on while a successor comes up. After each death
+the run takes more optimiser steps than were under way, which new rollouts alone can feed. At last the driver dies, and all it had
+started must be gone. `resume=auto` finishes the run, past a checkpoint that was damaged meanwhile, without staleness: there
+every trained token carries the learner's version, and sampler and learner must agree about its probability. In the end the
+journal proves, move by move, that relative to the restored weights nothing was trained twice (`tests/books.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.books import Books, journal, replayed
+from tests.runs import ACTORS, SMALL, Tail, actors, balanced, below, end, events, finished, gumshoe, rows, wait_for
+
+RUN = (
+    "train", "configs/demo.yaml", "name=kill", "resume=auto", *SMALL, "rollout.workers=2", "train.checkpoint_every=3",
+    "train.keep_checkpoints=3", "train.verify_every=1", "watch.silent_s=4", "watch.replace_s=8",
+)  # fmt: skip
+STEPS = 4
+"""Optimiser steps after a death: with `max_staleness=1`, two batches may have been rolled out before it."""
+
+
+@dataclass
+class Killed:
+    """A run that goes on while its actors are killed."""
+
+    process: subprocess.Popen[bytes]
+    run_dir: Path
+    log: Path
+
+    def kill(self, kind: str, sign: int = signal.SIGKILL) -> int:
+        """Kills (or stops) the oldest actor of that kind, as soon as there is one; returns its pid."""
+        (pid, *_) = self.until(lambda: actors(self.process.pid, ACTORS[kind]))
+        os.kill(pid, sign)
+        return pid
+
+    def until(self, what: Any, timeout_s: float = 120) -> Any:
+        return wait_for(what, self.process, self.log, timeout_s)
+
+    def says(self, pattern: str, since: int = 0) -> None:
+        """Waits for an event like `pattern` among those after the first `since`."""
+        self.until(lambda: any(re.search(pattern, line) for line in events(self.run_dir)[since:]))
+
+    def goes_on(self, steps: int = STEPS) -> None:
+        """Waits until that many optimiser steps were taken from now on."""
+        now = time.time()
+        self.until(lambda: sum(r["time"] > now for r in rows(self.run_dir, "train")) >= steps)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a run whose every actor was killed, and at last its driver."""
+    storage = tmp_path_factory.mktemp("matrix")
+    run_dir, log = storage / "kill", storage / "log"
+    with gumshoe(*RUN, f"storage_path={storage}", "fleet.num_engines=2", "train.steps=1000", log=log) as process:
+        run = Killed(process, run_dir, log)
+        run.until(lambda: rows(run_dir, "train"), 200)
+        run.kill("sampler")
+        run.goes_on()
+        run.kill("rollout")
+        run.says("rollout-0 died, and another took its place")
+        run.goes_on()
+        for kind in ("reward", "retrieval"):
+            run.kill(kind)
+            run.says(f"{kind} died")
+            run.goes_on()
+            run.says(f"{kind} answers again")
+        run.kill("buffer")
+        run.says("the buffer came back from its journal")
+        run.goes_on()
+        run.says("sampler-2 took its place")
+        run.kill("engine")
+        run.goes_on()
+        stopped = [run.kill("rollout", signal.SIGSTOP), run.kill("retrieval", signal.SIGSTOP)]
+        run.says(r"rollout-\d has not answered for \d+ s")
+        run.says(r"retrieval has not answered for \d+ s")
+        run.goes_on()
+        assert not end(stopped, 20), "a stopped actor was replaced and not ended"
+        run.says("sampler-3 took its place")
+        run.kill("learner")
+        run.until(lambda: actors(process.pid, ACTORS["learner"]))  # the next one comes up
+        run.kill("sampler")
+        run.says("learner 1 begins")
+        run.goes_on()
+        started = below(process.pid)
+        process.kill()
+        process.wait(10)
+        left = end([pid for pid, title in started.items() if title.startswith(("ray::", "VLLM"))], 15)
+        assert not left, f"the killed driver left {[started[pid] for pid in left]}"
+    yield run_dir
+
+
+def test_every_death_is_told_and_the_books_balance(killed):
+    said = "\n".join(events(killed))
+    for pattern in (r"sampler-0 was fenced", r"worker_lost|died with \d+ leases", r"learner 1 begins at step \d+"):
+        assert re.search(pattern, said), said
+    trained = rows(killed, "train")
+    assert all(balanced(r) for r in trained)
+    books = replayed(journal(killed / "ledger.jsonl"))
+    assert books.restores == 1
+    dropped = {place for place in books.counts() if place.startswith("dropped")}
+    assert {"dropped: worker_lost", "dropped: buffer_lost"} <= dropped, books.counts()
+    assert_rows_stand_in_the_journal(killed)
+
+
+def test_it_is_resumed_past_a_damaged_checkpoint_and_ends(killed):
+    """Without staleness, and with a rollout worker killed on the way."""
+    saved = sorted((killed / "checkpoints").glob("step-*"))
+    weights = saved[-1] / "model.safetensors"
+    whole = bytearray(weights.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    weights.write_bytes(whole)
+    before = rows(killed, "train")
+    steps = int(saved[-2].name.removeprefix("step-")) + 8
+    log, dead = killed.parent / "log-resumed", killed.parent / "dead"
+    resumed = (f"storage_path={killed.parent}", f"train.steps={steps}", "buffer.max_staleness=0")
+    with gumshoe(*RUN, *resumed, log=log) as process:
+        run = Killed(process, killed, log)
+        run.until(lambda: len(rows(killed, "train")) >= len(before) + 2, 200)
+        run.kill("rollout")
+        output = finished(process, log, 200)
+    assert not dead.exists()
+    assert saved[-1].name in output and "damaged" in output
+    assert (saved[-1].parent / f"damaged-{saved[-1].name}").is_dir()
+    after = rows(killed, "train")[len(before) :]
+    assert [r["step"] for r in after] == list(range(steps - 7, steps + 1)), "it went on from the checkpoint before"
+    assert all(r["staleness/max"] == 0 and balanced(r) for r in after)
+    assert all(r["mismatch/kl_k3"] < 1e-6 for r in after), "the samplers held other weights than the learner"
+    summary = json.loads((killed / "summary.json").read_text())
+    assert summary["steps"] == steps and Path(summary["checkpoint"]).name == f"step-{steps:06d}"
+    books = replayed(journal(killed / "ledger.jsonl"))
+    books.agrees(summary["ledger"])
+    assert len(books.trained_at) * 4 == summary["ledger"]["trained"] == steps * 8
+    assert books.restores == 2 and "dropped: lineage" in books.counts()
+    assert_rows_stand_in_the_journal(killed)
+    assert (killed / "report.html").exists()
+
+
+def assert_rows_stand_in_the_journal(run_dir: Path) -> None:
+    """The counts in every train row are those of the journal after the step it tells of."""
+    books, settled = Books(), {}
+    for move in journal(run_dir / "ledger.jsonl"):
+        books.move(move)
+        if move["op"] == "settle":
+            settled[round(move["row"]["time"], 3)] = (books.admitted, books.counts().get("trained"))
+    for row in Tail(run_dir / "metrics.jsonl").new():
+        if row["kind"] == "train":
+            assert settled[round(row["time"], 3)] == (row["ledger/admitted"], row["ledger/trained"]), row["step"]

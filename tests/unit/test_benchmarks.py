@@ -1,0 +1,87 @@
+"""The benchmarks' own arithmetic, and that they take their arguments; what they measure takes minutes and is not run here."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from benchmarks import memory, peer_trl, pipeline, work
+
+
+@pytest.mark.parametrize("module", [pipeline, peer_trl, memory])
+def test_help_and_wrong_arguments(module, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0 and "--" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--nonsense"])
+    assert ended.value.code == 2
+
+
+def test_policy_turns_are_the_runs_of_the_mask() -> None:
+    found = work.turns([5, 6, 7, 8, 9, 10], [0, 0, 1, 1, 0, 1])
+    assert found == [work.Request((5, 6), 2), work.Request((5, 6, 7, 8, 9), 1)]
+    assert work.turns([1, 2], [0, 0]) == []
+
+
+def test_the_work_is_the_same_every_time_and_fits_the_engine() -> None:
+    made = work.episodes(16)
+    assert made == work.episodes(16) and len(made) == 16
+    assert made[0] == made[7] != made[8]  # attempts of one group
+    assert all(len(r.prompt_ids) + r.num_tokens < pipeline.MAX_LEN for e in made for r in e)
+    prompts = peer_trl.prompts()
+    assert len(prompts) == peer_trl.PROMPTS and {len(p) for p in prompts} == {peer_trl.LENGTH}
+
+
+def test_goals_that_were_not_measured_are_not_missed() -> None:
+    assert pipeline.missed({}) == []
+    assert pipeline.missed({"learner: ours over bare": 0.9, "turns: ours over raw": 0.7}) == [
+        "turns: ours over raw is 0.7, the goal is 0.8"
+    ]
+
+
+def test_peer_table() -> None:
+    table = peer_trl.figures({"trl": [4.0, 4.0], "ours": [2.0, 2.0]}, {"trl-vllm": "no"})
+    assert table["ours over trl"] == 2.0 and table["trl-vllm: did not run"] == "no"
+    assert table["ours: tokens/s"] == 64 * 256 / 2
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("ray::RolloutWorker.run", "rollout worker"),
+        ("ray::Sampler", "sampler"),
+        ("VLLM::EngineCore", "engine core"),
+        ("ray::Replay.next_batch", "buffer"),
+        ("ray::_RayTrainWorker__execute.get_next", "learner"),
+        ("/x/ray/core/src/ray/gcs/gcs_server --log_dir", "Ray: gcs_server"),
+        ("/x/ray/core/src/ray/raylet/raylet --raylet_socket", "Ray: raylet"),
+        ("python -u /x/ray/_private/log_monitor.py", "Ray: other"),
+        ("bash", "other"),
+    ],
+)
+def test_roles(command: str, name: str) -> None:
+    assert memory.role(command) == name
+
+
+def test_size_of_this_process() -> None:
+    found = memory.size(os.getpid())
+    assert found is not None and found.rss > 10
+    assert memory.size(2**30) is None
+
+
+def test_slope_finds_growth_and_calls_noise_noise() -> None:
+    rng = np.random.default_rng(0)
+    steps = np.arange(200, 1000)
+    rate, low, high = memory.slope(steps, 100 + 0.005 * steps + rng.normal(0, 0.5, len(steps)))
+    assert low < 5 < high and low > 0 and rate == pytest.approx(5, abs=1)
+    _, low, high = memory.slope(steps, 100 + rng.normal(0, 0.5, len(steps)))
+    assert low < 0 < high
+
+
+def test_rest_is_when_an_actor_is_up_and_peak_is_the_most() -> None:
+    sizes = [{"driver": memory.Size(mb, mb)} for mb in (1.0, 5.0, 9.0, 7.0)]
+    seen = memory.Watched([0.0, 10.0, 20.0, 30.0], [0, 0, 1, 2], sizes, {"driver": 1}, up_at=10.0, trained_from=20.0)
+    assert memory.rest_and_peak(seen)["driver"] == "rest 5, peak 9 (RSS 5, 9)"

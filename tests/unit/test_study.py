@@ -1,0 +1,264 @@
+"""Studies: what is run again and what is not, what a failing arm leaves, and the arithmetic of paired differences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from benchmarks import controls, demo, shortcut
+from benchmarks.plot import Panel, Point, plot
+from benchmarks.results_file import write_json
+from benchmarks.study import (
+    Changed,
+    Lab,
+    Plan,
+    Resolved,
+    Study,
+    StudyError,
+    bootstrap,
+    column,
+    difference,
+    flat,
+    resolve,
+    stream,
+)
+
+
+class Bench:
+    """A study of two arms whose runs only count themselves."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ran: list[tuple[str, int]] = []
+        self.configs = {"a": {"lr": 1.0, "hops.2": 1.0}, "b": {"lr": 2.0, "hops.2": 1.0}}
+        self.broken: dict[tuple[str, int], BaseException] = {}
+
+    def arm(self, name: str) -> Callable[[int], Plan]:
+        def plan(seed: int) -> Plan:
+            def run() -> Mapping[str, float]:
+                self.ran.append((name, seed))
+                if (name, seed) in self.broken:
+                    raise self.broken[name, seed]
+                return {"score": self.configs[name]["lr"] + seed}
+
+            return Plan(Resolved(self.configs[name], {"lr": 0.0, "added": 7}), [f"lr={self.configs[name]['lr']}"], run)
+
+        return plan
+
+    def study(self, seeds: tuple[int, ...] = (0, 1), again: list[str] | None = None) -> Study:
+        self.ran.clear()
+        arms = {name: self.arm(name) for name in self.configs}
+        return Study("toy", arms, seeds, again=again, results=self.folder)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_every_arm_and_seed_runs_once_and_says_where_it_comes_from(bench: Bench) -> None:
+    study = bench.study()
+    table = study.run()
+    assert bench.ran == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert table["b", 1] == {"score": 3.0} and study.complete(table) == [0, 1]
+    kept = json.loads((bench.folder / "toy" / "b-seed1.json").read_text())
+    assert {"command", "date", "commit", "overrides", "config", "config_hash", "figures"} <= set(kept)
+    assert kept["config"] == bench.configs["b"] and not list(bench.folder.rglob("*.part"))
+    assert bench.study().run() == table and bench.ran == []
+
+
+def test_an_interrupted_study_goes_on(bench: Bench) -> None:
+    bench.broken["b", 0] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        bench.study().run()
+    assert [p.name for p in sorted((bench.folder / "toy").iterdir())] == ["a-seed0.json"]
+    bench.broken.clear()
+    bench.study().run()
+    assert bench.ran == [("b", 0), ("a", 1), ("b", 1)]
+
+
+def test_a_changed_config_stops_the_study_and_again_overrules(bench: Bench) -> None:
+    bench.study().run()
+    bench.configs["b"]["lr"] = 5.0
+    with pytest.raises(Changed, match=r"b-seed0\.json is of another config: lr was 2\.0, is 5\.0\. .*--again b"):
+        bench.study().run()
+    assert bench.ran == []
+    assert bench.study(again=["b"]).run()["b", 1] == {"score": 6.0}
+    assert bench.ran == [("b", 0), ("b", 1)]
+    bench.study(again=[]).run()
+    assert len(bench.ran) == 4
+    with pytest.raises(StudyError, match="no such arm; it has a, b"):
+        bench.study(again=["c"])
+
+
+def test_a_key_that_was_added_since_changes_nothing_while_it_has_its_default(bench: Bench) -> None:
+    bench.study().run()
+    bench.configs["a"]["added"] = 7
+    bench.study().run()
+    assert bench.ran == []
+    bench.configs["a"]["added"] = 8
+    with pytest.raises(Changed, match="added was 7, is 8"):
+        bench.study().run()
+
+
+def test_a_result_without_a_config_is_not_taken_for_ours(bench: Bench) -> None:
+    write_json(bench.folder / "toy" / "a-seed0.json", {"date": "2026-01-01", "figures": {"score": 9}})
+    with pytest.raises(Changed, match="does not say which config"):
+        bench.study().run()
+
+
+def test_a_failing_arm_is_recorded_and_tried_again_the_others_go_on(bench: Bench) -> None:
+    bench.broken["a", 0] = StudyError("no space left\non device")
+    study = bench.study()
+    table = study.run()
+    assert study.failed == {"a seed 0": "no space left on device"} and study.complete(table) == [1]
+    failure = bench.folder / "toy" / "a-seed0.failed.json"
+    assert json.loads(failure.read_text())["failed"] == "no space left on device"
+    assert study.close({"n": 1}, "<svg/>") == 1
+    assert "a seed 0" in json.loads((bench.folder / "toy.json").read_text())["failed"]
+    bench.broken.clear()
+    study = bench.study()
+    study.run()
+    assert bench.ran == [("a", 0)] and not failure.exists() and study.close({"n": 1}, "<svg/>") == 0
+
+
+def test_an_arm_may_need_what_another_one_measured(bench: Bench) -> None:
+    study = bench.study(seeds=(0,))
+
+    def needy(seed: int) -> Plan:
+        return Plan(Resolved({"seconds": study.figures("a", seed)["score"]}), [], lambda: {"score": 0})
+
+    study.arms = {"b": needy, "a": bench.arm("a")}
+    study.run()
+    assert study.failed == {"b seed 0": "there is no result of toy a seed 0 (a-seed0.json)"}
+    study.failed.clear()
+    assert study.run()["b", 0] == {"score": 0}
+
+
+# ----------------------------------------------------------------------------------------------------------- runs
+
+
+def finished(lab_folder: Path) -> Callable[[list[str], Path], None]:
+    """Stands for the command: makes the run's folder."""
+
+    def call(command: list[str], log: Path) -> None:
+        name = next(c for c in command if c.startswith("name=")).removeprefix("name=")
+        folder = lab_folder / name
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"command": command}))
+
+    return call
+
+
+def test_a_finished_run_is_found_and_an_unfinished_one_goes_on(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, call=finished(tmp_path))
+    folder = lab.gumshoe("train", "configs/demo.yaml", "r", ["seed=1"])
+    command = json.loads((folder / "summary.json").read_text())["command"]
+    assert command[1:5] == ["gumshoe.py", "train", "configs/demo.yaml", "seed=1"] and "resume=auto" in command
+    lab.call = lambda command, log: pytest.fail("the run is finished")
+    assert lab.gumshoe("train", "configs/demo.yaml", "r", ["seed=1"]) == folder
+
+
+def test_again_sets_an_earlier_run_aside(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, call=finished(tmp_path))
+    lab.gumshoe("eval", "configs/demo.yaml", "r", [])
+    lab.again = True
+    lab.gumshoe("eval", "configs/demo.yaml", "r", [])
+    assert len(list(tmp_path.glob("r*"))) == 2
+
+
+def test_a_command_that_fails_ends_in_its_last_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stream(["python3", "-c", "print('step 1/2')"], tmp_path / "log")
+    assert "    step 1/2" in capfd.readouterr().out and (tmp_path / "log").read_text() == "step 1/2\n"
+    with pytest.raises(StudyError, match=r"gumshoe: no such file \(exit status 3"):
+        stream(["python3", "-c", "print('gumshoe: no such file'); exit(3)"], tmp_path / "log")
+
+
+# -------------------------------------------------------------------------------------------------------- configs
+
+
+def test_place_and_name_are_no_part_of_a_config_values_and_weights_are() -> None:
+    one = resolve("configs/demo.yaml", ["name=a", "storage_path=/x"])
+    two = resolve("configs/demo.yaml", ["name=b"])
+    assert one.hash == two.hash and one.values["world.synthetic.train.hops.2"] == 1.0
+    assert len(one.values["model.path sha256"]) == 12
+    assert resolve("configs/demo.yaml", ["learner.lr=1e-4"]).changes(one.values) == ["learner.lr was 0.0003, is 0.0001"]
+    assert flat({"a": {"b": {2: 1}}, "name": "x", "ray": {"address": "y"}}) == {"a.b.2": 1}
+
+
+def test_the_shortcut_arms_differ_in_the_advantage_alone() -> None:
+    arms = [resolve(shortcut.CONFIG, shortcut.overrides(arm, 1, [])) for arm in shortcut.ARMS]
+    assert arms[1].changes(arms[0].values) == ["advantage.name was 'c_grpo', is 'grpo'"]
+    values = arms[0].values
+    # outcome-only means: what grpo trains on, Verdict.reward, is the outcome; and rubrics are judged whatever they earn
+    assert values["reward.reward"] == "outcome" and values["reward.lazy_rubrics"] is False
+    assert values["train.max_minutes"] == 0  # the same number of steps, however long they take
+
+
+def test_more_than_half_of_the_shortcut_worlds_questions_can_be_guessed() -> None:
+    for seed in (0, 1, 2):
+        known = shortcut.guessable(seed, [])
+        assert len(known) == 300 and 0.5 < np.mean(list(known.values())) < 0.7
+
+
+def test_controls_train_as_long_as_rl_did_from_the_same_weights_on_the_same_tasks(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    rl = demo.plan(lab, 1, []).config
+    rft = controls.rft(lab, "rft", 1, 300.0, []).config
+    assert {c.split(" was ")[0] for c in rft.changes(rl.values)} == {
+        "advantage.name", "learner.loss.mismatch", "train.steps", "train.max_minutes",
+    }  # fmt: skip
+    assert rft.values["train.max_minutes"] == 5.0
+    sft = controls.sft(lab, "sft", 1, 300.0, 6e-4, []).config
+    assert {k: sft.values[k] for k in rl.values} == dict(rl.values)  # its evaluations are the demo's
+    stage = sft.values["warm-up warmup.stages"][0]
+    assert (stage["name"], stage["max_seconds"], stage["lr"]) == ("expert", 300.0, 6e-4)
+    assert sft.values["warm-up warmup.base sha256"] == rl.values["model.path sha256"]
+    assert sft.values["warm-up scripts.expert.world.split"] == "train"
+    assert sft.values["warm-up warmup.threads"] == 2
+    assert not any(sft.values[f"warm-up scripts.expert.mix.{kind}"] for kind in ("early", "see_also", "uncited"))
+
+
+# ------------------------------------------------------------------------------------------------------ arithmetic
+
+
+def test_a_paired_difference_counts_tasks_that_both_judged() -> None:
+    a = {"task": ["x", "y", "z", "w"], "outcome": [1, 1, None, 0]}
+    b = {"task": ["w", "y", "z", "x"], "outcome": [1, 1, 1, 0]}
+    assert difference(a, b, "outcome").tolist() == [1.0, 0.0, -1.0]
+    assert column(a, "outcome") == {"x": 1.0, "y": 1.0, "w": 0.0}
+    with pytest.raises(StudyError, match="no judged task"):
+        difference(a, {"task": ["q"], "outcome": [1]}, "outcome")
+
+
+def test_bootstrap_by_hand() -> None:
+    # two tasks, differences 0 and 1: the mean of a draw is 0, 1/2 or 1 with chances 1/4, 1/2, 1/4
+    found = bootstrap([np.array([0.0, 1.0])])
+    assert found.as_list() == [0.5, 0.0, 1.0]
+    assert bootstrap([np.ones(5), np.zeros(5)]).as_list() == [0.5, 0.5, 0.5]  # seeds are not drawn, tasks are
+    # 400 tasks, half of them 1: the normal approximation, 1.96 * sqrt(1/4 / 400) = 0.049
+    wide = bootstrap([np.tile([0.0, 1.0], 200)])
+    assert wide.low == pytest.approx(0.451, abs=0.004) and wide.high == pytest.approx(0.549, abs=0.004)
+    # pairing: two arms that are right on the same tasks differ by nothing, with certainty
+    a = {"task": list("abcdefgh"), "outcome": [0, 1] * 4}
+    assert bootstrap([difference(a, a, "outcome")]).as_list() == [0.0, 0.0, 0.0]
+
+
+def test_lists_of_numbers_stand_on_one_line_and_read_back(tmp_path: Path) -> None:
+    content = {"a": [1, None, 2.5], "b": [[1.0, 2.0], []], "c": {"d": ["x]", "y,\n z"]}, "e": []}
+    text = write_json(tmp_path / "x.json", content).read_text()
+    assert json.loads(text) == content and '"a": [1, null, 2.5]' in text
+
+
+def test_a_plot_is_well_formed_and_escaped() -> None:
+    rows = [("a < b", [Point(0.4, 0.3, 0.5, hollow=True), Point(0.9, colour=1)]), ("c", [Point(-0.2, -0.3, -0.1)])]
+    svg = plot("1 & 2", [Panel("p", rows, zero=True), Panel("empty span", [("x", [Point(0.0)])])], "note")
+    root = ElementTree.fromstring(svg)
+    circles = [e for e in root.iter() if e.tag.endswith("circle")]
+    assert len(circles) == 4 and [e.attrib["fill"] for e in circles][0] == "#fff"
+    assert "a < b" in [e.text for e in root.iter()]
