@@ -86,7 +86,7 @@ def sft(lab: Lab, name: str, seed: int, seconds: float, rate: float, given: Sequ
         report = json.loads((weights / "warmup.json").read_text(encoding="utf-8"))
         after = lab.gumshoe("eval", demo.CONFIG, f"{stem}-after", [*judged, f"model.path={weights}"])
         return {
-            "success_before": _success(before), "success_after": _success(after), "seconds": {"training": report["seconds"]},
+            "success_before": _success(before), "success_after": _success(after), "training_s": round(report["seconds"], 1),
             "rate": rate, "steps": report["step"], "trained_tokens": report["tokens"],
             "before": episodes(before / "eval" / "eval.jsonl"), "after": episodes(after / "eval" / "eval.jsonl"),
         }  # fmt: skip
@@ -136,7 +136,7 @@ def summary(table: Table, seeds: Sequence[int]) -> dict[str, Any]:
             "success_before": [round(f["success_before"]["mean"], 3) for f in runs],
             "success_after": [round(f["success_after"]["mean"], 3) for f in runs],
             "gain": bootstrap([difference(f["after"], f["before"], "outcome") for f in runs]).as_list(),
-            "training_s": [round(f["seconds"]["training"], 1) for f in runs],
+            "training_s": [f["training_s"] for f in runs],
             "steps": [f["steps"] for f in runs],
         }
     for control in ARMS[1:]:
@@ -171,7 +171,7 @@ def study(given: argparse.Namespace) -> int:
     rate, trial = better_rate(lab, given)
 
     def seconds(seed: int) -> float:
-        return float(made.figures("rl", seed)["seconds"]["training"])
+        return float(made.figures("rl", seed)["training_s"])
 
     arms = {
         "rl": lambda seed: demo.plan(lab, seed, given.set),

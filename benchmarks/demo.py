@@ -60,7 +60,7 @@ def study(given: argparse.Namespace) -> int:
         "success_before": [round(f["success_before"]["mean"], 3) for f in done],
         "success_after": [round(f["success_after"]["mean"], 3) for f in done],
         "gain_mean": gain.mean, "gain_low": gain.low, "gain_high": gain.high,
-        "steps": [f["steps"] for f in done], "training_s": [f["seconds"]["training"] for f in done],
+        "steps": [f["steps"] for f in done], "training_s": [f["training_s"] for f in done],
         "pause_ms_median": [round(f["pause_ms_median"], 1) for f in done], "kl_k3_max": [f["kl_k3_max"] for f in done],
     }  # fmt: skip
     for seed, before, after in zip(seeds, figures["success_before"], figures["success_after"], strict=True):

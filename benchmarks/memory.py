@@ -17,12 +17,11 @@ import contextlib
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from benchmarks.results_file import write_result  # noqa: E402
-from tests.runs import SMALL  # noqa: E402
+from tests.runs import SMALL, Tail, below, gumshoe  # noqa: E402
 
 EVERY_S = 1.0
 BLOCKS = 16
@@ -77,100 +76,54 @@ def size(pid: int) -> Size | None:
     return None
 
 
-def processes(driver: int) -> dict[int, str]:
-    """pid -> role of the driver and everything below it."""
-    children: dict[int, list[int]] = {}
-    commands: dict[int, str] = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        with contextlib.suppress(OSError, IndexError):
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            commands[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            children.setdefault(parent, []).append(int(folder.name))
-    found, queue = {driver: "driver"}, [driver]
-    while queue:
-        for pid in children.get(queue.pop(), ()):
-            if commands[pid]:  # a zombie has none
-                found[pid] = role(commands[pid])
-                queue.append(pid)
-    return found
-
-
 @dataclass
 class Watched:
-    """What was seen of one run: per role and second, the sizes of all processes of that role together."""
+    """What was seen of one run: per look, the step and the sizes of all processes of a role together."""
 
     times: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     sizes: list[dict[str, Size]] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    most: dict[str, int] = field(default_factory=dict)
     """Most processes of a role at a time."""
     up_at: float = float("nan")
     """When the engines were up."""
     trained_from: float = float("nan")
     """When the first weights were published."""
 
-    def look(self, driver: int) -> None:
+    def look(self, driver: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds what is seen now. `rows`: what the run has logged since the last look."""
+        found = [("driver", size(driver)), *((role(title), size(pid)) for pid, title in below(driver).items())]
         sums: dict[str, Size] = {}
-        counts: dict[str, int] = {}
-        for pid, name in processes(driver).items():
-            found = size(pid)
-            if found is not None:
+        for name, one in found:
+            if one is not None:
                 before = sums.get(name, Size(0.0, 0.0))
-                sums[name] = Size(before.rss + found.rss, before.pss + found.pss)
-                counts[name] = counts.get(name, 0) + 1
-        self.times.append(time.time())
-        self.sizes.append(sums)
-        self.counts = {name: max(n, self.counts.get(name, 0)) for name, n in (self.counts | counts).items() if name in counts} | {
-            name: n for name, n in self.counts.items() if name not in counts
-        }
-
-    def read(self, run_dir: Path) -> None:
-        """How far the run is, from its log."""
-        step = self.steps[-1] if self.steps else 0
-        path = run_dir / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines()[-400:] if path.exists() else ():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if row["kind"] == "train":
-                    step = max(step, int(row["step"]))
-                if row["kind"] == "publish" and np.isnan(self.trained_from):
-                    self.trained_from = time.time()
-                if row["kind"] == "event" and "engines" in row.get("message", "") and np.isnan(self.up_at):
-                    self.up_at = time.time()
+                sums[name] = Size(before.rss + one.rss, before.pss + one.pss)
+        now, step = time.time(), self.steps[-1] if self.steps else 0
+        for row in rows:
+            if row["kind"] == "train":
+                step = max(step, int(row["step"]))
+            elif row["kind"] == "publish" and np.isnan(self.trained_from):
+                self.trained_from = now
+            elif row["kind"] == "event" and row["message"].startswith("engines:"):
+                self.up_at = now
+        self.times.append(now)
         self.steps.append(step)
+        self.sizes.append(sums)
+        for name, number in Counter(name for name, one in found if one is not None).items():
+            self.most[name] = max(number, self.most.get(name, 0))
 
 
-def watch(storage: Path, name: str, changes: Sequence[str], timeout_s: float = 3600.0) -> Watched:
+def watch(storage: Path, name: str, changes: Sequence[str]) -> Watched:
     """Runs `gumshoe train configs/demo.yaml` with changes, and looks at its processes until it ends."""
-    command = [
-        sys.executable, str(ROOT / "gumshoe.py"), "train", str(ROOT / "configs" / "demo.yaml"), f"name={name}", f"storage_path={storage}",
-        "train.max_minutes=0", *changes,
-    ]  # fmt: skip
-    seen, ends_at = Watched(), time.monotonic() + timeout_s
-    with open(storage / f"{name}.log", "wb") as log, ended(subprocess.Popen(command, stdout=log, stderr=log)) as process:
-        while process.poll() is None and time.monotonic() < ends_at:
-            seen.look(process.pid)
-            seen.read(storage / name)
+    given = [f"name={name}", f"storage_path={storage}", "train.max_minutes=0", *changes]
+    log, seen, tail = storage / f"{name}.log", Watched(), Tail(storage / name / "metrics.jsonl")
+    with gumshoe("train", "configs/demo.yaml", *given, log=log) as process:
+        while process.poll() is None:
+            seen.look(process.pid, tail.new())
             time.sleep(EVERY_S)
     if process.returncode:
-        text = (storage / f"{name}.log").read_text(errors="replace")
-        raise RuntimeError(f"run {name} ended with {process.returncode}: {text[-1500:]}")
+        raise RuntimeError(f"run {name} ended with {process.returncode}: {log.read_text(errors='replace')[-1500:]}")
     return seen
-
-
-@contextlib.contextmanager
-def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """The process does not outlive the block."""
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(60)
-            process.kill()
 
 
 # -------------------------------------------------------------------------------------------------------- figures
@@ -184,7 +137,7 @@ def rest_and_peak(seen: Watched) -> dict[str, str]:
         mine = [(t, s[name]) for t, s in zip(seen.times, seen.sizes, strict=True) if name in s]
         rest = next((s for t, s in mine if t >= begins - 1.5 * EVERY_S), mine[0][1])
         peak_pss, peak_rss = max(s.best for _, s in mine), max(s.rss for _, s in mine)
-        number = f" ({seen.counts[name]} processes)" if seen.counts.get(name, 1) > 1 else ""
+        number = f" ({seen.most[name]} processes)" if seen.most[name] > 1 else ""
         table[f"{name}{number}"] = f"rest {rest.best:.0f}, peak {peak_pss:.0f} (RSS {rest.rss:.0f}, {peak_rss:.0f})"
     sums = [sum(s.best for s in sizes.values()) for sizes in seen.sizes]
     table["all processes together"] = f"peak {max(sums):.0f}"
@@ -222,7 +175,9 @@ def growth(seen: Watched, total: int, names: Sequence[str]) -> dict[str, Any]:
         rate, low, high = slope([p[0] for p in points], [p[1] for p in points])
         first, last = points[0][1], points[-1][1]
         flat = "flat" if low <= 0 <= high or high < 0 else "grows"
-        table[name] = f"{rate:+.2f} MiB per 1,000 steps [{low:+.2f}, {high:+.2f}], {first:.1f} -> {last:.1f} MiB: {flat}"
+        table[name] = (
+            f"{rate:+.2f} MiB per 1,000 steps [{low:+.2f}, {high:+.2f}], {first:.1f} -> {last:.1f} MiB: {flat}"
+        )
     return table
 
 
@@ -231,7 +186,18 @@ def growth(seen: Watched, total: int, names: Sequence[str]) -> dict[str, Any]:
 TINY = (
     *SMALL, "buffer.groups_per_batch=1", "buffer.group_size=2", "train.eval_tasks=1", "rollout.groups_in_flight=4",
 )  # fmt: skip
-GROWING = ("driver", "buffer", "fleet", "sampler", "engine core", "rollout worker", "retrieval", "reward", "learner", "Ray: gcs_server")
+GROWING = (
+    "driver",
+    "buffer",
+    "fleet",
+    "sampler",
+    "engine core",
+    "rollout worker",
+    "retrieval",
+    "reward",
+    "learner",
+    "Ray: gcs_server",
+)
 
 
 def measure_actors(storage: Path, steps: int) -> dict[str, str]:
@@ -261,7 +227,13 @@ def labelled(part: str, table: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all, unless some are named; only all are written")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="all, unless some are named; only all are written",
+    )
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps of the long runs (1000)")
     arguments = parser.parse_args(argv)
     figures: dict[str, Any] = {"steps of the long runs": arguments.steps}

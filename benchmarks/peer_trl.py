@@ -37,14 +37,14 @@ sys.path.insert(0, str(ROOT))
 import gumshoe  # noqa: E402
 
 THREADS = os.cpu_count() or 1
-os.environ.update(
-    gumshoe.child_env() | {"OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": str(THREADS)}
-)
+if __name__ == "__main__":  # before numpy and torch read it
+    threads = {"OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "PASSIVE"}
+    os.environ.update(gumshoe.child_env() | threads)
 
 import numpy as np  # noqa: E402
 
-from benchmarks.pipeline import BUDGET, POLICY, expert_traces, spread  # noqa: E402
 from benchmarks.results_file import write_result  # noqa: E402
+from benchmarks.work import POLICY, spread, traces  # noqa: E402
 
 TRL = "trl==1.16.0"
 PROMPTS, ATTEMPTS, LENGTH, MICRO = 8, 8, 128, 8
@@ -53,8 +53,8 @@ LR = 1e-5
 
 
 def prompts() -> list[list[int]]:
-    """The first tokens of what an expert does: real text of the demo's world, all of one length."""
-    long = (t.token_ids.tolist() for t in expert_traces(8 * PROMPTS) if len(t.token_ids) >= LENGTH)
+    """The first tokens of what the policy was taught: real text of the demo's world, all of one length."""
+    long = (t.token_ids.tolist() for t in traces(8 * PROMPTS) if len(t.token_ids) >= LENGTH)
     return [ids[:LENGTH] for ids, _ in zip(long, range(PROMPTS), strict=False)]
 
 
@@ -77,7 +77,9 @@ def run_trl(steps: int, use_vllm: bool = False) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(POLICY)
     tokenizer.padding_side = "left"
     texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in prompts()]
-    assert [tokenizer(t, add_special_tokens=False).input_ids for t in texts] == prompts(), "the prompts read differently"
+    assert [tokenizer(t, add_special_tokens=False).input_ids for t in texts] == prompts(), (
+        "the prompts read differently"
+    )
     ends: list[float] = []
     lengths: list[int] = []
 
@@ -102,7 +104,12 @@ def run_trl(steps: int, use_vllm: bool = False) -> list[float]:
         )  # fmt: skip
         data = Dataset.from_list([{"prompt": text} for text in texts] * (steps + 1))
         trainer = GRPOTrainer(
-            model=model, reward_funcs=count, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
+            model=model,
+            reward_funcs=count,
+            args=config,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[Clock()],
         )
         trainer.train()
     assert set(lengths) == {LENGTH}, f"TRL's completions have {sorted(set(lengths))} tokens"
@@ -124,10 +131,19 @@ async def _ours(steps: int) -> list[float]:
     from cluster.vllm.segment import ShmWriter
     from cluster.vllm.transfer import ShmTransport, publish
 
-    config = LearnerConfig(lr=LR, weight_decay=0.0, threads=THREADS, max_tokens_per_microbatch=BUDGET, loss=LossConfig())
+    config = LearnerConfig(
+        lr=LR, weight_decay=0.0, threads=THREADS, max_tokens_per_microbatch=MICRO * 2 * LENGTH, loss=LossConfig()
+    )
     learner = Learner(load_model(POLICY, config), config)
     engine = PolicyEngine(
-        EngineConfig(POLICY, max_model_len=2 * LENGTH + 1, max_num_seqs=PROMPTS * ATTEMPTS, kv_cache_gb=0.25, threads=THREADS, version="0.0")
+        EngineConfig(
+            POLICY,
+            max_model_len=2 * LENGTH + 1,
+            max_num_seqs=PROMPTS * ATTEMPTS,
+            kv_cache_gb=0.25,
+            threads=THREADS,
+            version="0.0",
+        )
     )
     await engine.start()
     memory = Path("/dev/shm")
@@ -219,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["trl", "ours", "trl-vllm"])
     parser.add_argument("--rounds", type=int, default=2, help="how often the sides take turns (2)")
-    parser.add_argument("--steps", type=int, default=13, help=f"optimiser steps of a round, the first {WARM_UP} not counted (13)")
+    parser.add_argument(
+        "--steps", type=int, default=13, help=f"optimiser steps of a round, the first {WARM_UP} not counted (13)"
+    )
     parser.add_argument("--environment", type=Path, default=ROOT / "runs" / "trl", help="where TRL is installed")
     parser.add_argument("--one", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)

@@ -8,7 +8,7 @@ Three parts, all with the demo's tiny policy and one thread per process:
   0, 50 or 200 ms.
 
 Invariants: both sides of a ratio get the same token ids, lengths and settings, are warmed up alike and take turns; a ratio is
-of medians. The work is what an expert does in the demo's worlds, turn by turn, so its lengths are the demo's.
+of medians. The work is what the policy was taught to do in the demo's worlds, turn by turn, so its lengths are the demo's.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +32,17 @@ sys.path.insert(0, str(ROOT))
 
 import gumshoe  # noqa: E402
 
-os.environ.update(
-    gumshoe.child_env()
-    | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "MKL_NUM_THREADS": "1"}
-)
+if __name__ == "__main__":  # before numpy and torch read it; whoever imports this module keeps his own
+    os.environ.update(
+        gumshoe.child_env()
+        | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "MKL_NUM_THREADS": "1"}
+    )
 
 import numpy as np  # noqa: E402
 
 from benchmarks.results_file import write_result  # noqa: E402
+from benchmarks.work import POLICY, Request, episodes, learner_samples, long_turns, spread, turn_by_turn  # noqa: E402
 
-POLICY = str(ROOT / "envs" / "world" / "policy")
 CONCURRENT = 96
 """Sequences in flight: the demo's 12 groups of 8."""
 MAX_LEN = 640
@@ -51,63 +50,11 @@ BUDGET = 2048
 LATENCIES_MS = (0, 50, 200)
 
 
-# ------------------------------------------------------------------------------------------------------- the work
-
-
-@dataclass(frozen=True)
-class Request:
-    """One policy turn: what the policy sees, and how many tokens it then says."""
-
-    prompt_ids: tuple[int, ...]
-    num_tokens: int
-
-
-def expert_traces(count: int) -> list[Any]:
-    """What an expert does in the demo's kind of world: `agents.learning.warmup.Trace` each."""
-    from agents.learning.warmup import encode_trace
-    from agents.protocols.tools import Tools, ToolsConfig
-    from cluster.speech import load_tokenizer
-    from envs.world.traces import ScriptConfig, scripts
-    from envs.world.world import WorldConfig
-
-    tokenizer = load_tokenizer(POLICY)
-    speech = Tools(tokenizer, ToolsConfig(format_request="", show_tools=False))
-    source = scripts(ScriptConfig(world=WorldConfig(num_entities=60, num_tasks=64, hops={2: 1.0, 3: 1.0})), seed=7)
-
-    def encode(text: str) -> list[int]:
-        return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
-
-    return [encode_trace(speech, encode, s.task, s.steps, s.kind) for s in islice(source, count)]
-
-
-def turns(token_ids: Sequence[int], mask: Sequence[int]) -> list[Request]:
-    """The policy turns of a sequence: every run of 1s in `mask` is one."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(mask, dtype=int), [0]])))
-    ids = [int(i) for i in token_ids]
-    return [Request(tuple(ids[:start]), int(end - start)) for start, end in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def episodes(count: int, attempts: int = 8) -> list[list[Request]]:
-    """Turn by turn work: `attempts` episodes of the same trace after each other, as the members of a group are."""
-    traces = expert_traces(-(-count // attempts))
-    return [turns(t.token_ids, t.mask) for t in traces for _ in range(attempts)][:count]
-
-
-def long_turns(count: int, num_tokens: int = 256) -> list[list[Request]]:
-    """One long turn per episode, the shape of a policy that thinks: the same prompts, `num_tokens` tokens each."""
-    return [[Request(e[0].prompt_ids, num_tokens)] for e in episodes(count)]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest, rounded for people."""
-    return {"median": round(float(np.median(values)), 4), "low": round(min(values), 4), "high": round(max(values), 4)}
-
-
 # -------------------------------------------------------------------------------------------------------- rollout
 
 
 def raw_vllm(pipe: Any) -> None:
-    """A process with vLLM's `LLM` inside: plays what comes through the pipe, all turns at once, and sends back seconds."""
+    """A process with vLLM's `LLM` inside: is given all turns at once, sends back seconds."""
     os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
     from cluster.vllm.launch import output_to
 
@@ -121,7 +68,7 @@ def raw_vllm(pipe: Any) -> None:
         )  # fmt: skip
         pipe.send("up")
         for work in iter(pipe.recv, None):
-            requests = [r for episode in work for r in episode]
+            requests = turn_by_turn(work, CONCURRENT)
             prompts: Any = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
             params = [
                 SamplingParams(max_tokens=r.num_tokens, temperature=1.0, logprobs=0, detokenize=False, ignore_eos=True)
@@ -143,6 +90,9 @@ class Player:
 
         self._fleet = fleet
         self._policy = RemotePolicy(fleet, RolloutConfig(), "player")
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     async def forget(self) -> None:
         """Empties the engine's prefix cache, as the other side does before each round."""
@@ -179,7 +129,8 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 
 
 @contextlib.contextmanager
-def raw_process() -> Iterator[Callable[[Any], float]]:
+def raw_process() -> Iterator[tuple[Callable[[Any], float], int]]:
+    """What plays a work in a fresh process with vLLM and returns the seconds; and the process's id."""
     here, there = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=raw_vllm, args=(there,), daemon=True)
     process.start()
@@ -191,7 +142,7 @@ def raw_process() -> Iterator[Callable[[Any], float]]:
             here.send(work)
             return float(here.recv())
 
-        yield play
+        yield play, process.pid or 0
         here.send(None)
     finally:
         process.join(20)
@@ -204,64 +155,38 @@ def measure_rollout(repeats: int = 5) -> dict[str, Any]:
     from cluster.vllm.engine import EngineConfig
 
     engine = EngineConfig(POLICY, max_model_len=MAX_LEN, max_num_seqs=CONCURRENT, kv_cache_gb=0.25, version="0.0")
-    shapes = {"turns": episodes(4 * CONCURRENT), "long": long_turns(CONCURRENT)}
+    shapes = {"turns": episodes(2 * CONCURRENT), "long": long_turns(CONCURRENT, 128)}
     figures: dict[str, Any] = {}
-    with raw_process() as raw, ray_session(RayConfig(object_store_mb=128)) as ray:
+    with raw_process() as (raw, raw_pid), ray_session(RayConfig(object_store_mb=128)) as ray:
         fleet = actor(Fleet).remote(FleetConfig(), engine)
-        pids = [pid for owned in ray.get(fleet.start.remote()).values() for pid in owned]
+        ((sampler_pid, *core_pids),) = ray.get(fleet.start.remote()).values()
         player = actor(Player).remote(fleet)
+        ours = {"engine core": core_pids, "sampler": [sampler_pid], "client": [ray.get(player.pid.remote())]}
         for shape, work in shapes.items():
             tokens = sum(r.num_tokens for e in work for r in e)
             speeds: dict[str, list[float]] = {"raw": [], "ours": []}
-            busy = []
+            spent: dict[str, list[float]] = {"raw": [], **{name: [] for name in ours}}
             for repeat in range(repeats + 1):
-                raw_s = raw(work)
                 ray.get(player.forget.remote())
-                before = cpu_seconds(pids)
+                before = {name: cpu_seconds(pids) for name, pids in {"raw": [raw_pid], **ours}.items()}
+                raw_s = raw(work)
                 ours_s = ray.get(player.play.remote(work, f"{shape}-{repeat}"))
                 if repeat:  # the first round warms both up
-                    busy.append((cpu_seconds(pids) - before) / ours_s)
                     speeds["raw"].append(tokens / raw_s)
                     speeds["ours"].append(tokens / ours_s)
+                    for name, pids in {"raw": [raw_pid], **ours}.items():
+                        spent[name].append(1e6 * (cpu_seconds(pids) - before[name]) / tokens)
             figures |= {
                 f"{shape}: requests": sum(map(len, work)), f"{shape}: tokens": tokens,
                 f"{shape}: raw tokens/s": spread(speeds["raw"]), f"{shape}: ours tokens/s": spread(speeds["ours"]),
                 f"{shape}: ours over raw": round(float(np.median(speeds["ours"]) / np.median(speeds["raw"])), 3),
-                f"{shape}: sampler and engine, cores busy": round(float(np.median(busy)), 2),
+                f"{shape}: processor time per token, us": {name: round(float(np.median(v))) for name, v in spent.items()},
             }  # fmt: skip
         ray.get(fleet.shutdown.remote())
     return figures
 
 
 # -------------------------------------------------------------------------------------------------------- learner
-
-
-def learner_samples(count: int = 64) -> list[Any]:
-    """Samples with the demo's lengths: half of one attempt's tokens are the policy's, every one has an advantage.
-
-    The behaviour policy's log-probs are the checkpoint's own, so that ratios are what they are in training.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from agents.types import Sample
-
-    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32).eval()
-    rng = np.random.default_rng(0)
-    samples = []
-    for i, trace in enumerate(expert_traces(count)):
-        ids = torch.tensor(trace.token_ids, dtype=torch.long)
-        with torch.no_grad():
-            table = torch.log_softmax(model(ids[None]).logits[0, :-1], -1)
-        logprobs = np.concatenate([[0.0], table.gather(1, ids[1:, None])[:, 0].numpy()])
-        mask = trace.mask.astype(np.int8)
-        samples.append(
-            Sample(
-                trace.token_ids, mask, logprobs * mask, mask * rng.choice([-1.0, 1.0]) * rng.uniform(0.3, 1.5),
-                np.where(mask, 0, -1), np.ones(len(ids)), f"g{i // 8}", f"r{i}", 0.0,
-            )
-        )  # fmt: skip
-    return samples
 
 
 class BareStep:
@@ -297,7 +222,9 @@ class BareStep:
                 used = samples[i].token_ids[: int(trained[i][-1])]
                 ids[row, : len(used)] = torch.from_numpy(used.astype(np.int64))
             source = torch.from_numpy(np.concatenate([row * width + trained[i] - 1 for row, i in enumerate(members)]))
-            target = torch.from_numpy(np.concatenate([samples[i].token_ids[trained[i]] for i in members]).astype(np.int64))
+            target = torch.from_numpy(
+                np.concatenate([samples[i].token_ids[trained[i]] for i in members]).astype(np.int64)
+            )
             rollout = torch.from_numpy(np.concatenate([samples[i].logprobs[trained[i]] for i in members]))
             advantage = torch.from_numpy(np.concatenate([samples[i].advantages[trained[i]] for i in members]))
             hidden = self._model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[source]
@@ -373,7 +300,10 @@ def measure_latency(steps: int = 14, dropped: int = 4, latencies_ms: Sequence[in
                 ]  # fmt: skip
                 rows = train_rows(Path(folder), f"{kind}-{ms}", changes)[dropped:]
                 seconds[kind] = [row["time/step_s"] for row in rows]
-                figures[f"latency {ms} ms: {kind}, s per step"] = {"mean": round(float(np.mean(seconds[kind])), 3), **spread(seconds[kind])}
+                figures[f"latency {ms} ms: {kind}, s per step"] = {
+                    "mean": round(float(np.mean(seconds[kind])), 3),
+                    **spread(seconds[kind]),
+                }
                 figures[f"latency {ms} ms: {kind}, tokens per step"] = round(
                     float(np.mean([r["episodes"] * r["episode/tokens"] for r in rows]))
                 )
@@ -394,13 +324,21 @@ GOALS = {"turns: ours over raw": 0.8, "long: ours over raw": 0.8, "learner: ours
 def missed(figures: dict[str, Any]) -> list[str]:
     """The goals that were measured and not reached, in words."""
     return [
-        f"{name} is {figures[name]}, the goal is {goal}" for name, goal in GOALS.items() if figures.get(name, goal) < goal
+        f"{name} is {figures[name]}, the goal is {goal}"
+        for name, goal in GOALS.items()
+        if figures.get(name, goal) < goal
     ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all, unless some are named; only all are written")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="all, unless some are named; only all are written",
+    )
     arguments = parser.parse_args(argv)
     figures: dict[str, Any] = {}
     for part in arguments.parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -55,18 +56,26 @@ def plot(title: str, panels: Sequence[Panel], note: str = "") -> str:
     )
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`, about five."""
+    raw = (high - low) / 5
+    size = 10 ** math.floor(math.log10(raw))
+    step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
 def _panel(panel: Panel, top: float) -> list[str]:
     seen = [v for _, points in panel.rows for p in points for v in (p.mean, p.low, p.high) if v is not None]
     low, high = panel.bounds or (min([0.0, *seen]), max([0.0, *seen]) * 1.05)
-    span = (high - low) or 1.0
+    high = high if high > low else low + 1.0
+    span = high - low
 
     def x(value: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (min(high, max(low, value)) - low) / span
 
     bottom = top + HEAD - 10 + ROW * len(panel.rows)
     made = [f'<text x="10" y="{top + 22:g}" font-weight="600">{escape(panel.title)}</text>']
-    for i in range(5):
-        tick = low + span * i / 4
+    for tick in _ticks(low, high):
         made.append(f'<path d="M{x(tick):.1f} {top + HEAD - 12:g}V{bottom:g}" stroke="#e3e3e3"/>')
         made.append(
             f'<text x="{x(tick):.1f}" y="{bottom + 14:g}" text-anchor="middle" fill="#555">{short(round(tick, 6))}</text>'

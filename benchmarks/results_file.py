@@ -25,22 +25,33 @@ def about() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
+    # where runs were kept on this machine is nobody else's matter
+    argv = re.sub(r" --(storage|results)[ =]\S+", "", " ".join(["python", *sys.argv]))
     return {
-        "command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "commit": commit,
+        "command": argv, "date": time.strftime("%Y-%m-%d"), "commit": commit,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "load_5min": round(os.getloadavg()[1], 1),
     }  # fmt: skip
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Writes beside the target and moves into place. Lists of plain values stand on one line."""
-    text = json.dumps(content, indent=2)
-    text = re.sub(r"\[\n[^\[\]{}]*\]", lambda found: "[" + " ".join(found[0][1:-1].split("\n")), text)
+    """Writes beside the target and moves into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text.replace(" ]", "]") + "\n", encoding="utf-8")
+    part.write_text(as_json(content) + "\n", encoding="utf-8")
     part.replace(path)
     return path
+
+
+def as_json(value: Any, indent: str = "") -> str:
+    """JSON with lists of plain values on one line, so that a column of 300 tasks does not take 300 lines."""
+    inner = indent + "  "
+    if isinstance(value, Mapping) and value:
+        rows = [f"{inner}{json.dumps(str(k))}: {as_json(v, inner)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
+    if isinstance(value, list | tuple) and any(isinstance(v, Mapping | list | tuple) for v in value):
+        return "[\n" + ",\n".join(inner + as_json(v, inner) for v in value) + f"\n{indent}]"
+    return json.dumps(value)
 
 
 def write_result(name: str, figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:

@@ -104,7 +104,7 @@ def draw(table: Table, figures: dict[str, Any]) -> str:
         return Point(found.mean, found.low, found.high, colour)
 
     first = Panel(
-        "difference in mean |R_connect|, C-GRPO - GRPO (fixed beforehand: above 0 in every seed)",
+        "mean |R_connect|, C-GRPO - GRPO (fixed beforehand: above 0 in every seed)",
         [(f"seed {s}", [Point(*figures["difference"][CLAIM][i])]) for i, s in enumerate(seeds)], zero=True,
     )  # fmt: skip
     rest = [

@@ -34,7 +34,7 @@ from agents.recordfile import read_records  # noqa: E402
 from agents.types import Group  # noqa: E402
 from benchmarks.results_file import RESULTS, about, write_json  # noqa: E402
 
-NOT_IN_HASH = ("name", "storage_path", "resume", "record", "ray.")
+NOT_IN_HASH = ("name", "storage_path", "resume", "record", "ray.", "watch.")
 """Keys a result does not depend on."""
 PARTS = ("outcome", "identified", "supported", "connected", "num_rubrics", "cited_pages")
 
@@ -117,11 +117,13 @@ def stream(command: Sequence[str], log: Path) -> None:
                 print(f"    {line}", end="", flush=True)
                 last = line.strip() or last
         if process.wait():
-            raise StudyError(f"{last or 'no output'} (exit status {process.returncode}; {log})")
+            raise StudyError(f"{last or 'no output'} (exit status {process.returncode}; {log.name})")
     finally:
         if process.poll() is None:  # we were stopped, so it has to stop too
             process.terminate()
             process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 @dataclass
@@ -208,24 +210,24 @@ class Study:
         path = self.path(arm, seed)
         if not path.is_file():
             raise StudyError(f"there is no result of {self.name} {arm} seed {seed} ({path.name})")
-        return dict(json.loads(path.read_text(encoding="utf-8"))["figures"])
+        return dict(_read(path)["figures"])
 
     def run(self) -> Table:
         """Runs what has no result yet. Returns the figures of all that succeeded; the rest stands in `failed`."""
-        cells = [
-            (arm, seed) for seed in self.seeds for arm in self.arms
-        ]  # by seed: arms of a seed share the machine's mood
+        # By seed, not by arm: arms that are compared run in the same hour of the same machine.
+        cells = [(arm, seed) for seed in self.seeds for arm in self.arms]
         table: Table = {}
         for number, (arm, seed) in enumerate(cells, start=1):
             title = f"[{number}/{len(cells)}] {self.name} {arm} seed {seed}"
             try:
                 found = self._one(arm, seed, title)
-            except (StudyError, OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
-                if isinstance(error, Changed):
-                    raise
-                reason = " ".join(str(error).split()) or type(error).__name__
+            except Changed:
+                raise
+            except Exception as error:  # whatever it is, the other arms go on
+                reason = " ".join(str(error).split())
+                reason = reason if isinstance(error, StudyError) and reason else f"{type(error).__name__}: {reason}"
                 print(f"{title}: failed: {reason}", flush=True)
-                self.failed[f"{arm} seed {seed}"] = reason
+                self.failed[f"{arm} seed {seed}".strip()] = reason
                 write_json(self._failure(arm, seed), {**about(), "failed": reason})
             else:
                 table[arm, seed] = found
@@ -238,7 +240,7 @@ class Study:
         path, again = self.path(arm, seed), self._again is not None and arm in self._again
         plan = self.arms[arm](seed)
         if path.is_file() and not again:
-            old = json.loads(path.read_text(encoding="utf-8"))
+            old = _read(path)
             changed = plan.config.changes(old["config"]) if "config" in old else ["it does not say which config it had"]
             if changed:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -280,7 +282,14 @@ class Study:
 
 
 class Changed(StudyError):
-    """A result is of another config."""
+    """A result is there, but it is not one of this config."""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise Changed(f"{path} cannot be read ({error}); remove it to have it made again") from None
 
 
 def arguments(doc: str | None, **options: float) -> argparse.Namespace:
@@ -330,9 +339,13 @@ def run_figures(folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     train = [r for r in rows if r["kind"] == "train"]
+    # Every start of a run says which engines it has. Of a run that was stopped the summary knows the last part's seconds only.
+    starts = sum(r["kind"] == "event" and str(r.get("message", "")).startswith("engines:") for r in rows)
+    training_s = summary["seconds"]["training"] if starts <= 1 else sum(r["time/step_s"] for r in train)
     pauses = [r["publish/pause_ms"] for r in rows if r["kind"] == "publish" and "publish/pause_ms" in r]
     return {
         **{key: summary[key] for key in ("success_before", "success_after", "seconds", "steps", "sampled_tokens")},
+        "training_s": round(training_s, 1), "starts": starts,
         "pause_ms_median": float(np.median(pauses)) if pauses else None,
         "kl_k3_max": max((r["mismatch/kl_k3"] for r in train), default=None),
         "before": episodes(folder / "eval" / "before.jsonl"), "after": episodes(folder / "eval" / "after.jsonl"),

@@ -17,7 +17,6 @@ from typing import Any
 
 import ray
 
-from agents.curriculum import Curriculum
 from agents.types import BackendInfo, Group, Task, Version
 from cluster.buffer import Buffer, BufferSetup
 from cluster.errors import UserError
@@ -37,7 +36,9 @@ LASTING = {"max_restarts": -1, "max_task_retries": -1}
 class Actors:
     """Everything that runs beside the driver and the learner."""
 
-    def __init__(self, config: RunConfig, play: Play, engine: EngineConfig, corpus_dir: str, segments: str = "") -> None:
+    def __init__(
+        self, config: RunConfig, play: Play, engine: EngineConfig, corpus_dir: str, segments: str = ""
+    ) -> None:
         self._config = config
         self._play = play
         self._names = itertools.count()
@@ -49,19 +50,21 @@ class Actors:
         self.reward = actor(RewardServer, **LASTING).remote(config.reward, config.judge)
         state = str(Path(segments) / "published.json") if segments else ""
         self.fleet = actor(Fleet, **LASTING).remote(config.fleet, engine, state)
-        self.engine_pids: dict[str, list[int]] = ray.get(self.fleet.start.remote())
-        self.info: BackendInfo = ray.get(self.retrieval.ready.remote())[1]
-        ray.get(self.reward.ready.remote())
-        ray.get([self._new_worker().ready.remote() for _ in range(config.rollout.workers)])
+        self.engine_pids: dict[str, list[int]] = self._up("the fleet", self.fleet.start)
+        self.info: BackendInfo = self._up("retrieval", self.retrieval.ready)[1]
+        self._up("the reward", self.reward.ready)
+        for worker in [self._new_worker() for _ in range(config.rollout.workers)]:
+            self._up("a rollout worker", worker.ready)
         self._events = Poll(self.fleet.events.remote)
         self.load = Poll(self.fleet.load.remote)
         """How busy the engines were since the last answer."""
         for name, handle in (("retrieval", self.retrieval), ("reward", self.reward), ("fleet", self.fleet)):
             self.watchdog.watch(name, handle)
 
-    def open_buffer(self, setup: BufferSetup, curriculum: Curriculum) -> None:
+    def open_buffer(self, setup: BufferSetup) -> None:
         """The ledger, and with it the rollouts, which start as soon as there is room."""
-        self.buffer = open_buffer(setup, curriculum)
+        self.buffer = actor(Buffer, **LASTING).remote(setup)
+        self._up("the buffer", self.buffer.counts)
         self.watchdog.watch("buffer", self.buffer)
         for worker in self._workers.values():
             worker.run.remote(self.buffer)
@@ -99,6 +102,16 @@ class Actors:
                 with contextlib.suppress(Exception):
                     ray.kill(handle)
 
+    def _up(self, what: str, ready: Any) -> Any:
+        """What an actor says when it has come up. Raises UserError when it does not."""
+        limit_s = self._config.watch.start_s
+        try:
+            return ray.get(ready.remote(), timeout=limit_s)
+        except ray.exceptions.GetTimeoutError:
+            raise UserError(
+                f"{what} did not come up within {limit_s:g} s; look at the cluster's dashboard for what it waits for, or raise watch.start_s"
+            ) from None
+
     def _new_worker(self) -> Any:
         name = f"rollout-{next(self._names)}"
         made = actor(RolloutWorker).remote(name, self._play, self.fleet, self.retrieval, self.info, self.reward)
@@ -109,20 +122,15 @@ class Actors:
     def _replace(self, name: str, reason: str) -> str:
         self._workers.pop(name)
         if self._replaced.exceeded():
-            raise UserError(f"rollout workers died {self._replaced.count} times within an hour, the last with: {reason}")
+            raise UserError(
+                f"rollout workers died {self._replaced.count} times within an hour, the last with: {reason}"
+            )
         self.fleet.worker_lost.remote(name)
         fresh = self._new_worker()
         if self.buffer is not None:
             self.buffer.worker_lost.remote(name)  # its leases are leased again
             fresh.run.remote(self.buffer)
         return f"{name} died, and another took its place: {reason}"
-
-
-def open_buffer(setup: BufferSetup, curriculum: Curriculum) -> Any:
-    """The buffer's actor. Raises what it finds wrong with its journal."""
-    made = actor(Buffer, **LASTING).remote(setup, curriculum)
-    ray.get(made.counts.remote())
-    return made
 
 
 class Plays:

@@ -18,18 +18,21 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from agents.advantages import AdvantageConfig
-from agents.curriculum import Curriculum
-from agents.recordfile import RecordReader, RecordWriter
+from agents.curriculum import CURRICULA, Curriculum
+from agents.recordfile import RecordReader, RecordWriter, read_records
 from agents.types import Group, Task
 from cluster.batch import Batch, make_batch
 from cluster.ledger import Counts, Ledger
+
+ROWS_AGAIN = 20
+"""Steps whose rows a buffer that came back tells once more; the driver knows which it has."""
 
 
 @dataclass
@@ -64,6 +67,11 @@ class BufferSetup:
     advantage: AdvantageConfig
     steps: int
     """Optimiser batches of the run."""
+    curriculum: str = "uniform"
+    tasks: str = ""
+    """File of the training tasks. A file, because an actor that is started again is made from its arguments, and Ray may
+    have dropped large ones by then."""
+    seed: int = 0
     ends_at: float = float("inf")
     """Unix time after which no further batch ships."""
     max_learner_failures: int = 5
@@ -100,10 +108,10 @@ class Fenced(RuntimeError):
 class Buffer:
     """See the module. Methods are coroutines where they wait; wrap with `ray.remote` to host it."""
 
-    def __init__(self, setup: BufferSetup, curriculum: Curriculum) -> None:
+    def __init__(self, setup: BufferSetup, curriculum: Curriculum | None = None) -> None:
         config = setup.buffer
         self._setup, self._config = setup, config
-        self._curriculum = curriculum
+        self._curriculum = curriculum or CURRICULA[setup.curriculum](read_records(setup.tasks, Task), setup.seed)
         self._leases: dict[str, Lease] = {}
         """Every lease that may still be trained, or be taken back by a restore."""
         self._groups: dict[str, tuple[Group, ...]] = {}
@@ -119,6 +127,9 @@ class Buffer:
         self._learners_in_a_row = 0
         self._fatal = ""
         self._waited_s = 0.0
+        self._learner: Any = None
+        self._lost_stats: Mapping[str, float] = {}
+        """Of the batch that the learner held when this process's predecessor died."""
         self._saved_step = 0
         """Step of the last checkpoint."""
         self._since = time.time()
@@ -216,8 +227,10 @@ class Buffer:
 
     # -------------------------------------------------------------------------------------------- learner side
 
-    async def enter(self, saved: Mapping[str, Any] | None) -> int:
+    async def enter(self, saved: Mapping[str, Any] | None, learner: Any = None) -> int:
         """A learner begins, from a checkpoint's `saved` state or from the start; returns its incarnation.
+
+        `learner`: a handle by which the driver can end it.
 
         The books and the order of tasks go back with it. Groups at hand that its weights may still train return to
         ready; no lease may start before its weights are published; results of earlier leases are refused.
@@ -234,7 +247,7 @@ class Buffer:
             self._groups = {i: self._groups[i] for i in keep}
             self._leases = {i: self._leases[i] for i in keep}
             self._set_order(saved if saved else self._initial, [lease.task.id for lease in self._leases.values()])
-            self._batch = None
+            self._batch, self._learner = None, learner
             self._reborn = False
             self._saved_step = step
             self._since = time.time()
@@ -289,10 +302,11 @@ class Buffer:
             if step != self._ledger.step:
                 raise ValueError(f"batch {step} was settled while the ledger is at batch {self._ledger.step}")
             now = time.time()
-            stats = self._batch.stats if self._batch is not None else {}
+            stats = self._batch.stats if self._batch is not None else self._lost_stats
             whole = {"kind": "train", "step": step + 1, "time": now, **stats, "rollout/wait_s": self._waited_s, **row}
             self._waited_s = 0.0
             leases = self._ledger.batch_leases()
+            whole.update(self._ledger_row(settled=True))
             self._ledger.settle(row=whole)
             if step - self._saved_step > self._config.max_staleness:
                 for lease_id in leases:  # no restore could use them any more
@@ -301,9 +315,11 @@ class Buffer:
             self._write({"op": "order", **self._order()})
             self._batch, self._reborn, self._learners_in_a_row = None, False, 0
             self._since = now
-            self._rows.append({**whole, **self._ledger_row()})
+            self._rows.append(whole)
             train_s, wait_s = float(row.get("time/train_s", 0.0)), float(row.get("time/wait_s", 0.0))
-            parts = {k: row[f"time/{k}_s"] for k in ("pack", "forward", "backward", "optimiser") if f"time/{k}_s" in row}
+            parts = {
+                k: row[f"time/{k}_s"] for k in ("pack", "forward", "backward", "optimiser") if f"time/{k}_s" in row
+            }
             self._span("learner", "wait", now - train_s - wait_s, now - train_s)
             self._span("learner", "train", now - train_s, now, seconds=parts)
             self._changed.notify_all()
@@ -375,6 +391,12 @@ class Buffer:
                 what += f", the oldest ({oldest.id}) at {oldest.worker} for {time.time() - oldest.began:.0f} s"
         return what, self._since
 
+    async def idle_learner(self, longer_than_s: float) -> Any:
+        """The learner's handle when the run has waited for it so long, else None."""
+        books = self._ledger
+        its_turn = books.held or books.in_batch or books.version < books.step
+        return self._learner if its_turn and time.time() - self._since > longer_than_s else None
+
     async def close(self) -> None:
         """No more leases."""
         async with self._changed:
@@ -422,9 +444,11 @@ class Buffer:
         self._reborn = True
         self._since = time.time()
         self._say(f"the buffer came back from its journal; {lost} leases it held are leased again")
-        row = next((m["row"] for m in reversed(moves) if m["op"] == "settle"), None)
-        if row is not None:  # the driver may not have fetched it
-            self._rows.append({**row, **self._ledger_row(), "again": 1.0})
+        self._lost_stats = next((m["stats"] for m in reversed(moves) if m["op"] == "ship"), {})
+        for row in [m["row"] for m in moves if m["op"] == "settle"][
+            -ROWS_AGAIN:
+        ]:  # the driver may not have fetched them
+            self._rows.append({**row, "again": 1.0})
 
     def _order(self) -> dict[str, Any]:
         """Where the order of tasks stands: the curriculum's own state, and tasks that it has drawn and nobody has trained."""
@@ -495,13 +519,16 @@ class Buffer:
         batch = make_batch(
             step, groups, self._setup.advantage, max_staleness=self._config.max_staleness, world_size=world_size, last=last
         )  # fmt: skip
-        self._ledger.ship(lease_ids)
+        self._ledger.ship(lease_ids, stats=batch.stats)
         judged = {g.task.id: [v.reward for v in g.verdicts if not v.masked] for g in groups}
         self._curriculum.update({task: float(np.mean(rewards)) for task, rewards in judged.items() if rewards})
         return batch
 
-    def _ledger_row(self) -> dict[str, float]:
+    def _ledger_row(self, *, settled: bool = False) -> dict[str, float]:
+        """The books for the log; `settled`: as they will stand once what is in the batch is trained."""
         counts = self._ledger.counts()
+        if settled:
+            counts = replace(counts, in_batch=0, trained=counts.trained + counts.in_batch)
         row = {
             f"ledger/{k}": float(getattr(counts, k)) for k in ("admitted", "running", "ready", "in_batch", "trained")
         }
@@ -527,7 +554,9 @@ def close_books(journal: Path) -> None:
     """The run that kept this journal has ended, and with it whatever was under way."""
     if journal.exists():
         with RecordWriter(journal) as writer:
-            writer.write({"op": "lose", "reason": "run_ended", "places": ["running", "ready", "in_batch"], "time": time.time()})
+            writer.write(
+                {"op": "lose", "reason": "run_ended", "places": ["running", "ready", "in_batch"], "time": time.time()}
+            )
 
 
 def _cause(groups: Sequence[Group]) -> str:

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import TypeGuard
 
 from agents.report.findings import BROKEN, findings
 from agents.report.spans import read_spans
@@ -203,5 +204,5 @@ def _version(name: str) -> str:
         return ""
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from agents.recordfile import read_records, write_records
+from agents.recordfile import read_records
 from agents.types import Group, Task
 from cluster.actors import Actors, Plays
 from cluster.errors import UserError
 from cluster.learner import TrainConfig
+from cluster.rundir import write_whole
 from rewards.metrics.intervals import wilson
 
 POLL_S = 0.1
@@ -102,10 +103,7 @@ class Evaluation:
             for line in self._actors.tend():
                 self._tell(line)
             time.sleep(POLL_S)
-        part = self._folder / f".{label}.part.jsonl"
-        part.unlink(missing_ok=True)
-        write_records(part, groups)
-        part.replace(self._folder / f"{label}.jsonl")
+        write_whole(self._folder / f"{label}.jsonl", groups)
         if self._tasks and not success(groups).n:
             causes = Counter(c for g in groups for v in g.verdicts for c in v.causes.values())
             raise UserError(

@@ -74,7 +74,9 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         if self.keep_checkpoints < 1:
-            raise ValueError(f"train.keep_checkpoints is {self.keep_checkpoints}; it must be at least 1, so that a run can go on")
+            raise ValueError(
+                f"train.keep_checkpoints is {self.keep_checkpoints}; it must be at least 1, so that a run can go on"
+            )
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def _train(setup: Setup) -> None:
 
 def _begin(setup: Setup, rank: int, world: int) -> tuple[int, str]:
     """Incarnation and checkpoint folder (empty: from the start), the same on every rank."""
+    import ray
     import torch.distributed as dist
 
     from agents.learning.checkpoint import newest_checkpoint, read_extra
@@ -168,7 +171,8 @@ def _begin(setup: Setup, rank: int, world: int) -> tuple[int, str]:
         for line in lines:
             _ask(setup.buffer.event.remote(line))
         saved = read_extra(folder).get("buffer") if folder else None
-        found = [_ask(setup.buffer.enter.remote(saved)), str(folder or "")]
+        me = ray.get_runtime_context().current_actor
+        found = [_ask(setup.buffer.enter.remote(saved, me)), str(folder or "")]
     if world > 1:
         dist.broadcast_object_list(found, src=0)  # nobody asks for a batch before the ledger went back
     return int(found[0]), str(found[1])

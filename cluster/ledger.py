@@ -163,13 +163,13 @@ class Ledger:
                 return
         raise LedgerError(f"lease {lease_id} is not ready and cannot be dropped as {reason}")
 
-    def ship(self, lease_ids: list[str]) -> None:
-        """ready -> in a batch."""
+    def ship(self, lease_ids: list[str], **more: Any) -> None:
+        """ready -> in a batch. `more` is written with the move."""
         wanted = set(lease_ids)
         taken = {lease_id: n for lease_id, n in self._ready if lease_id in wanted}
         if len(taken) != len(lease_ids):
             raise LedgerError(f"leases {sorted(wanted - set(taken))} are not ready and cannot be shipped")
-        self._note(op="ship", step=self.step, leases=list(lease_ids))
+        self._note(op="ship", step=self.step, leases=list(lease_ids), **more)
         self._ready = deque(entry for entry in self._ready if entry[0] not in wanted)
         self._in_batch.update({lease_id: taken[lease_id] for lease_id in lease_ids})
 
@@ -200,8 +200,9 @@ class Ledger:
         gone = sum(int(getattr(self, place)) for place in places)
         if gone:
             self._dropped[reason] += gone
+        held: dict[str, Any] = {"running": self._running, "ready": self._ready, "in_batch": self._in_batch}
         for place in places:
-            {"running": self._running, "ready": self._ready, "in_batch": self._in_batch}[place].clear()
+            held[place].clear()
 
     def enter(self, step: int, trained: int, keep: Collection[str] = ()) -> None:
         """A learner begins, with weights after `step` batches of `trained` episodes in all: the books go back with it.
@@ -210,7 +211,9 @@ class Ledger:
         dropped as `lineage`. No lease may start until its weights are published.
         """
         if step > self.step or trained > self.trained:
-            raise LedgerError(f"cannot go on from step {step} with {trained} trained: the ledger is at step {self.step}")
+            raise LedgerError(
+                f"cannot go on from step {step} with {trained} trained: the ledger is at step {self.step}"
+            )
         self._note(op="enter", incarnation=self.incarnation + 1, step=step, trained=trained, keep=list(keep))
         self.incarnation += 1
         self.branches.append(step)

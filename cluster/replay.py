@@ -53,6 +53,7 @@ class Replay:
         self._made: _Made | None = None
         self._ahead: tuple[tuple[int, int, int], asyncio.Task[_Made]] | None = None
         self._rows: list[dict[str, Any]] = []
+        self._learner: Any = None
         self._learners_in_a_row = 0
         self._fatal = ""
         self._since = time.time()
@@ -62,7 +63,7 @@ class Replay:
 
     # -------------------------------------------------------------------------------------------- learner side
 
-    async def enter(self, saved: Mapping[str, Any] | None) -> int:
+    async def enter(self, saved: Mapping[str, Any] | None, learner: Any = None) -> int:
         """A learner begins, from a checkpoint's `saved` state or from the start; returns its incarnation."""
         if saved and "cursor" not in saved:
             raise RecordError(
@@ -72,7 +73,7 @@ class Replay:
         self._incarnation = max(self._incarnation, int(saved["incarnation"])) + 1
         self._step, self._cursor, self._trained = (int(saved[k]) for k in ("step", "cursor", "trained"))
         self._dropped = Counter(saved["dropped"])
-        self._made = None
+        self._made, self._learner = None, learner
         self._since = time.time()
         if self._incarnation:
             self._rows.append(
@@ -178,6 +179,10 @@ class Replay:
         if self._incarnation < 0:
             return "a learner", self._since
         return f"{'the learner to train' if self._made else 'disk for'} batch {self._step}", self._since
+
+    async def idle_learner(self, longer_than_s: float) -> Any:
+        """The learner's handle when it has had its batch for so long, else None."""
+        return self._learner if self._made and time.time() - self._since > longer_than_s else None
 
     async def close(self) -> None:
         """Nothing is under way but a batch that nobody will ask for."""
@@ -304,12 +309,14 @@ def run_replay(config: RunConfig) -> dict[str, Any]:
             wanted = {"CPU": train.num_workers * train.worker_cpus, "GPU": train.num_workers * train.worker_gpus}
             stack.enter_context(ray_session(config.ray, {kind: n for kind, n in wanted.items() if n}))
         with teller.phase("training"):
-            setup = BufferSetup(config.buffer, config.advantage, train.steps, ends_at(config), train.max_failures)
+            setup = BufferSetup(
+                config.buffer, config.advantage, train.steps, ends_at=ends_at(config), max_learner_failures=train.max_failures
+            )
             staff = Staff(config, setup, source)
             learner = LearnerRun(
                 Setup(model, train, config.learner, staff.buffer, None, "", str(folder.checkpoints)), folder.path
             )
-            watch(staff, learner, teller, train.batch_timeout_s)
+            watch(staff, learner, teller, config.watch, train.batch_timeout_s)
         summary = {
             "name": config.name, "steps": teller.step, "sampled_tokens": sampled_tokens(folder), "seconds": teller.seconds,
             "ledger": asdict(ray.get(staff.buffer.counts.remote())), "checkpoint": newest(folder), "replayed": str(source),
@@ -322,7 +329,7 @@ def check(config: RunConfig) -> Path:
     """All that can be known to be wrong before anything is started or written. Returns the folder of the groups."""
     from cluster.machine import check_ray, check_storage
     from cluster.model import resolve
-    from cluster.preflight import check_language, check_policy, check_section, check_settings
+    from cluster.preflight import check_policy, check_section, check_settings, check_tokenizer
     from cluster.rundir import find_run, storage_dir
     from cluster.runtime import joined_address
     from cluster.speech import make_speech
@@ -339,9 +346,9 @@ def check(config: RunConfig) -> Path:
     model = resolve(config.model.path)
     tokenizer = resolve(config.model.tokenizer) if config.model.tokenizer else model
     check_policy(config, model)
-    check_language(config, tokenizer, model)
-    check_speech(recording.manifest, make_speech(str(tokenizer), config.protocol), source)
     check_recording(recording, config.advantage, config.buffer.groups_per_batch)
+    check_tokenizer(tokenizer, model)
+    check_speech(recording.manifest, make_speech(str(tokenizer), config.protocol), source)
     check_storage(config.storage_path)
     if joined := joined_address(config.ray):
         check_ray(joined)

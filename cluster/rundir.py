@@ -20,7 +20,8 @@ from typing import Any
 
 from agents.interfaces import Speech
 from agents.plain import to_plain
-from agents.types import Group
+from agents.recordfile import write_records
+from agents.types import Group, Task
 from cluster.config import as_saved, load_saved, save_resolved
 from cluster.errors import UserError
 
@@ -178,6 +179,20 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def write_whole(path: Path, records: Sequence[Any]) -> None:
+    """Records as a file that appears complete or not at all."""
+    part = path.with_name(f".part-{path.name}")
+    part.unlink(missing_ok=True)
+    write_records(part, list(records))
+    part.replace(path)
+
+
+def write_tasks(run_dir: Path, tasks: Sequence[Task]) -> str:
+    """The training tasks of a run, beside its ledger. Returns the file's path."""
+    write_whole(run_dir / "tasks.jsonl", tasks)
+    return str(run_dir / "tasks.jsonl")
 
 
 def write_trajectories(run_dir: Path, groups: Sequence[Group], speech: Speech) -> None:

@@ -131,9 +131,8 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), flush_secs=10)
-            prefix = "" if kind == "train" else f"{kind}/"
             for name, value in numbers.items():
-                self._tensorboard.add_scalar(prefix + name, value, step)
+                self._tensorboard.add_scalar(full_name(kind, name), value, step)
         except Exception as error:
             self._tensorboard = False
             self._write_loss(step, f"TensorBoard log stopped: {type(error).__name__}: {error}")
@@ -148,7 +147,7 @@ class RunLog:
             from ray.util.metrics import Gauge
 
             for name, value in numbers.items():
-                metric = ray_name(name if kind == "train" else f"{kind}/{name}")
+                metric = ray_name(full_name(kind, name))
                 if metric not in self._gauges:
                     self._gauges[metric] = Gauge(metric, description=f"Gumshoe {kind} metric {name}", tag_keys=("run",))
                 self._gauges[metric].set(float(value), tags={"run": self.run_dir.name})
@@ -160,8 +159,7 @@ class RunLog:
         if self._wandb is None:
             return
         try:  # `gumshoe_step` is the x axis: wandb's own step never goes back, ours does after a restore
-            prefix = "" if kind == "train" else f"{kind}/"
-            self._wandb.log({"gumshoe_step": step, **{prefix + name: value for name, value in numbers.items()}})
+            self._wandb.log({"gumshoe_step": step, **{full_name(kind, name): value for name, value in numbers.items()}})
         except Exception as error:
             self._wandb = None
             self._write_loss(step, f"wandb log stopped: {type(error).__name__}: {error}")
@@ -199,6 +197,11 @@ def _wandb_id(run_dir: Path) -> str:
     if not path.is_file():
         path.write_text(os.urandom(6).hex(), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
+
+
+def full_name(kind: str, name: str) -> str:
+    """A number's name where all kinds share one space: those of training rows as they are, others behind their kind."""
+    return name if kind == "train" or name.startswith(f"{kind}/") else f"{kind}/{name}"
 
 
 def ray_name(name: str) -> str:

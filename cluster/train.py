@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 
-from agents.curriculum import CURRICULA
 from agents.report.build import build_report
 from cluster.actors import placed
 from cluster.buffer import BufferSetup, close_books
@@ -22,7 +21,7 @@ from cluster.evaluate import Evaluation, success
 from cluster.learner import LearnerRun, Setup
 from cluster.model import prepare_model
 from cluster.preflight import needs, preflight
-from cluster.rundir import RunFolder, open_run, segment_dir, write_trajectories
+from cluster.rundir import RunFolder, open_run, segment_dir, write_tasks, write_trajectories
 from cluster.runlog import read_metrics
 from cluster.runtime import ray_session
 from cluster.schema import RunConfig
@@ -63,18 +62,26 @@ def run(config: RunConfig) -> dict[str, Any]:
                 close_books(folder.journal)
             spoken = speech()
             setup = BufferSetup(
-                config.buffer, config.advantage, config.train.steps, ends_at(config), config.train.max_failures,
-                journal=str(folder.journal), record=str(run_dir / "groups") if config.record else "",
+                config.buffer, config.advantage, config.train.steps, config.curriculum, write_tasks(run_dir, world.train_tasks),
+                config.seed, ends_at(config), config.train.max_failures, journal=str(folder.journal), record=str(run_dir / "groups") if config.record else "",
                 about={
                     "protocol": spoken.name, "tokenizer": spoken.tokenizer_fingerprint, "template": spoken.template_fingerprint,
                 },
             )  # fmt: skip
-            actors.open_buffer(setup, CURRICULA[config.curriculum](world.train_tasks, config.seed))
+            actors.open_buffer(setup)
             learner = LearnerRun(
                 Setup(model, config.train, config.learner, actors.buffer, actors.fleet, segments, str(folder.checkpoints)),
                 run_dir,
             )  # fmt: skip
-            watch(actors, learner, teller, config.train.batch_timeout_s, load=actors.load, evaluation=evaluation)
+            watch(
+                actors,
+                learner,
+                teller,
+                config.watch,
+                config.train.batch_timeout_s,
+                load=actors.load,
+                evaluation=evaluation,
+            )
 
         with teller.phase("evaluation after training"):
             after = evaluation.full("after")
@@ -82,7 +89,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         summary = {
             "name": config.name, "steps": teller.step, "sampled_tokens": sampled_tokens(folder), "seconds": teller.seconds,
             "success_before": asdict(success(before)), "success_after": asdict(success(after)),
-            "ledger": asdict(ray.get(actors.buffer.counts.remote())), "checkpoint": newest(folder),
+            "ledger": asdict(ray.get(actors.buffer.counts.remote(), timeout=60)), "checkpoint": newest(folder),
         }  # fmt: skip
         teller.log.summary(summary)
         write_trajectories(run_dir, after, spoken)

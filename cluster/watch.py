@@ -20,7 +20,7 @@ from cluster.progress import Progress
 from cluster.rundir import RunFolder
 from cluster.runlog import RunLog, read_metrics
 from cluster.spans import SpanLog
-from cluster.watchdog import Poll, Watchdog
+from cluster.watchdog import Poll, WatchConfig, Watchdog
 
 POLL_S = 0.5
 
@@ -118,6 +118,7 @@ def watch(
     staff: Staff,
     learner: LearnerRun,
     teller: Teller,
+    config: WatchConfig,
     timeout_s: float,
     *,
     load: Poll | None = None,
@@ -125,6 +126,7 @@ def watch(
 ) -> None:
     """Until training ends. Raises UserError when it cannot go on, or makes no step for `timeout_s`."""
     rows = Poll(staff.buffer.rows.remote)
+    idle = Poll(lambda: staff.buffer.idle_learner.remote(config.learner_s))
     teller.wait_begins()
 
     def tell(found: Sequence[dict[str, Any]]) -> None:
@@ -150,6 +152,11 @@ def watch(
             tell(_until(rows.take, 60.0) or ())
             ray.get(staff.buffer.close.remote(), timeout=60)
             return
+        if teller.idle_s > config.learner_s and (stuck := idle.take()) is not None:
+            teller.event(
+                f"the learner was killed, to start again: the run had waited more than {config.learner_s:g} s for it"
+            )
+            ray.kill(stuck)
         if teller.idle_s > timeout_s:
             waits = "; ".join(staff.watchdog.waiting_for()[:3]) or "nobody says what it waits for"
             raise UserError(

@@ -27,10 +27,17 @@ class WatchConfig:
     waiting_s: float = 300.0
     """An actor that answers but has waited for one thing for so long is named, with what it waits for."""
 
+    start_s: float = 900.0
+    """How long an actor may take to come up: at the beginning, or the run ends; later, or it is killed and replaced."""
+    learner_s: float = 1200.0
+    """A learner that holds a batch, or its weights back, for so long is killed, and starts again from the last checkpoint."""
+
     def check(self) -> None:
         """Raises ValueError, one line, for a value outside its range."""
         if not 0 < self.silent_s <= self.replace_s:
-            raise ValueError(f"watch.silent_s {self.silent_s} must be above 0 and at most watch.replace_s {self.replace_s}")
+            raise ValueError(
+                f"watch.silent_s {self.silent_s} must be above 0 and at most watch.replace_s {self.replace_s}"
+            )
         if self.waiting_s <= 0:
             raise ValueError(f"watch.waiting_s {self.waiting_s} is not positive")
 
@@ -106,6 +113,8 @@ class _Watched:
     pulse: Any = None
     asked: float = field(default_factory=time.monotonic)
     waits: tuple[str, float] = ("", 0.0)
+    answered: bool = False
+    """Since it started, or was started again: until then it may take its time."""
     told_silent: bool = False
     told_since: float = 0.0
     dead: bool = False
@@ -156,14 +165,14 @@ class Watchdog:
                     self._watched.pop(name, None)
                     yield w.replace(one_line(error))
                 elif not w.dead:
-                    w.dead = True
+                    w.dead, w.answered = True, False
                     yield f"{name} died ({one_line(error)[:120]}); it starts again by itself"
                 return
             if w.dead or w.told_silent:
                 yield f"{name} answers again" + (f" after {silent_s:.0f} s" if w.told_silent else "")
-            w.dead = w.told_silent = False
+            w.dead, w.told_silent, w.answered = False, False, True
             yield from self._waiting(name, w)
-        elif silent_s > self._config.replace_s:
+        elif silent_s > (self._config.replace_s if w.answered else max(self._config.replace_s, self._config.start_s)):
             reason = f"it did not answer for {silent_s:.0f} s{_while(w)}"
             ray.kill(w.handle, no_restart=w.replace is not None)
             w.pulse, w.told_silent = None, False
@@ -171,9 +180,9 @@ class Watchdog:
                 self._watched.pop(name, None)
                 yield w.replace(reason)
             else:
-                w.dead = True
+                w.dead, w.answered = True, False
                 yield f"{name} was killed, to start again: {reason}"
-        elif silent_s > self._config.silent_s and not w.told_silent:
+        elif w.answered and silent_s > self._config.silent_s and not w.told_silent:
             w.told_silent = True
             yield f"{name} has not answered for {silent_s:.0f} s{_while(w)}"
 

@@ -54,10 +54,16 @@ def below(pid: int) -> dict[int, str]:
 
 
 ACTORS = {
-    "sampler": "ray::Sampler", "engine": "VLLM::EngineCore", "rollout": "ray::RolloutWorker", "reward": "ray::RewardServer",
-    "retrieval": "ray::Retrieval", "buffer": "ray::Buffer", "learner": "ray::RayTrainWorker",
+    "sampler": "ray::Sampler", "engine": "VLLM::EngineCore", "fleet": "ray::Fleet", "rollout": "ray::RolloutWorker",
+    "reward": "ray::RewardServer", "retrieval": "ray::Retrieval", "buffer": "ray::Buffer", "learner": "ray::RayTrainWorker",
+    "controller": "ray::TrainController",
 }  # fmt: skip
 """Titles of the processes of a run, by what they do; the driver is the one that was started."""
+
+
+def ours(pid: int) -> list[int]:
+    """Pids of all actors and engines below `pid`."""
+    return [child for child, title in below(pid).items() if title.startswith(tuple(ACTORS.values()))]
 
 
 def actors(pid: int, title: str) -> list[int]:
@@ -77,24 +83,26 @@ def end(pids: Sequence[int], grace_s: float = 0.0) -> list[int]:
 
 
 class Tail:
-    """The lines of a growing file of JSON records, each handed out once, when it is whole."""
+    """The lines of a growing file of JSON records, each handed out once, when it is whole.
+
+    What follows the last whole line is read again the next time: a writer that was killed may have left it, and its
+    successor cuts it off.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._read = 0
-        self._rest = b""
 
     def new(self) -> list[dict[str, Any]]:
         if not self._path.exists():
             return []
         with open(self._path, "rb") as file:
             file.seek(self._read)
-            fresh = file.read()
-        self._read += len(fresh)
-        *whole, self._rest = (self._rest + fresh).split(b"\n")
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._read += len(whole) + len(newline)
         found = []
-        for line in whole:
-            with contextlib.suppress(ValueError):  # a writer that was killed leaves a torn line
+        for line in whole.split(b"\n"):
+            with contextlib.suppress(ValueError):
                 found.append(json.loads(line))
         return found
 
@@ -148,6 +156,19 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def kill_driver(process: subprocess.Popen[bytes], grace_s: float) -> list[str]:
+    """SIGKILL. Returns titles of actors and engines that outlive their driver by the grace, then ends whatever is left.
+
+    Ray's own agents are not counted: they ask for their control store for a minute before they go.
+    """
+    started, actors = below(process.pid), ours(process.pid)
+    process.kill()
+    process.wait()
+    left = end(actors, grace_s)
+    end(list(started))
+    return [started[pid] for pid in left]
 
 
 SMALL = (

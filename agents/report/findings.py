@@ -160,7 +160,11 @@ def _rollouts(mean: Means, wait: float, step_s: float) -> Finding:
 
 def _learner(mean: Means, wait: float, train: float, step_s: float) -> Finding:
     core = (mean("time/forward_s") + mean("time/backward_s")) / step_s
-    split = f"; forward and backward are {_share(core)} of a step of {_s(step_s)}" if core else f" of a step of {_s(step_s)}"
+    split = (
+        f"; forward and backward are {_share(core)} of a step of {_s(step_s)}"
+        if core
+        else f" of a step of {_s(step_s)}"
+    )
     rest = {k: mean(f"time/{k}_s") / step_s for k in ("pack", "optimiser")}
     split += "".join(f", {'packing' if k == 'pack' else k} {_share(v)}" for k, v in rest.items() if v >= 0.1)
     tokens = mean("learner/tokens")

@@ -50,7 +50,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_report(write_run(tmp_path_factory.mktemp("runs") / "demo", hostile=HOSTILE)).resolve().as_uri()
+    return (
+        build_report(write_run(tmp_path_factory.mktemp("runs") / "demo", hostile=HOSTILE, rewind=8)).resolve().as_uri()
+    )
 
 
 def show(browser: Any, page: str, width: int) -> None:
@@ -137,6 +139,65 @@ def test_charts_read_out_by_arrow_keys(browser: Any, page: str) -> None:
     assert value.text != before
     browser.execute_script("arguments[0].blur()", chart)
     assert value.text == before
+
+
+def test_the_timeline_reads_out_under_the_pointer_and_by_arrow_keys(browser: Any, page: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    show(browser, page, 1280)
+    figure = browser.find_element(By.CSS_SELECTOR, "figure.gantt:not([hidden])")
+    tip = figure.find_element(By.CSS_SELECTOR, ".tip")
+    assert not tip.is_displayed()
+    bar = next(b for b in figure.find_elements(By.CSS_SELECTOR, "rect.p-train") if b.size["width"] > 20)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", bar)
+    ActionChains(browser).move_to_element(bar).perform()
+    assert tip.is_displayed() and tip.text.startswith("learner · train ") and "backward" in tip.text
+    inside = "const a = arguments[0].getBoundingClientRect(), b = arguments[1].getBoundingClientRect(); return a.left >= b.left - 1 && a.right <= b.right + 1"
+    assert browser.execute_script(inside, tip, figure)
+    browser.execute_script("arguments[0].focus()", figure)
+    figure.send_keys(Keys.HOME)
+    first = tip.text
+    figure.send_keys(Keys.ARROW_RIGHT)
+    assert tip.text and tip.text != first
+    figure.send_keys(Keys.END)
+    assert tip.is_displayed() and browser.execute_script(inside, tip, figure)
+
+
+def test_the_timeline_leafs_to_where_the_learner_went_back(browser: Any, page: str) -> None:
+    from selenium.webdriver.common.by import By
+
+    show(browser, page, 1280)
+    earlier = browser.find_element(By.CSS_SELECTOR, "[data-leaf='-1']")
+    later = browser.find_element(By.CSS_SELECTOR, "[data-leaf='1']")
+    titles = set()
+    assert later.get_attribute("disabled") is not None
+    while earlier.get_attribute("disabled") is None:
+        earlier.click()
+        shown = browser.find_elements(By.CSS_SELECTOR, "figure.gantt:not([hidden])")
+        assert len(shown) == 1
+        titles.add(shown[0].text.splitlines()[0])
+        if "went back" in shown[0].text:
+            flag = shown[0].find_element(By.CSS_SELECTOR, ".flag text")
+            assert flag.text == shown[0].find_element(By.CSS_SELECTOR, ".marks b").text == "1"
+            break
+    else:
+        raise AssertionError(f"no window of {sorted(titles)} shows the rewind")
+    assert later.get_attribute("disabled") is None
+
+
+def test_bars_of_the_timeline_lie_in_their_lanes(browser: Any, page: str) -> None:
+    show(browser, page, 1280)
+    assert browser.execute_script(
+        """
+        const svg = document.querySelector('figure.gantt:not([hidden]) svg').getBoundingClientRect();
+        const boxes = Array.from(document.querySelectorAll('figure.gantt:not([hidden]) .bars')).map(g => g.getBoundingClientRect());
+        const lanes = Array.from(document.querySelectorAll('figure.gantt:not([hidden]) .lane')).map(r => r.getBoundingClientRect());
+        return lanes.length > 3 && lanes.every((l, i) => l.left >= svg.left && l.right <= svg.right + 1 && boxes[i].top >= l.top - 1 && boxes[i].bottom <= l.bottom + 1
+          && boxes[i].left >= l.left - 1 && boxes[i].right <= l.right + 1 && (i === 0 || l.top >= lanes[i - 1].bottom));
+        """
+    )
 
 
 def test_a_citation_leads_to_the_page_that_was_read(browser: Any, page: str) -> None:

@@ -23,7 +23,7 @@ import pytest
 
 from cluster.submit import upload_files
 from tests.books import journal, replayed
-from tests.runs import ACTORS, ROOT, SMALL, below, end, gumshoe, rows, wait_for
+from tests.runs import ROOT, SMALL, below, end, gumshoe, ours, rows, wait_for
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 """The cluster is on loopback and lives for one test; Ray may otherwise ask for a token."""
@@ -61,10 +61,6 @@ class Cluster:
         return next(
             pid for pid, title in below(self.pid).items() if title.startswith(f"{sys.executable} -m cluster.cli")
         )
-
-    def actors(self) -> list[int]:
-        """Pids of our actors and engines."""
-        return [pid for pid, title in below(self.pid).items() if title.startswith(tuple(ACTORS.values()))]
 
     def left_in_job_folders(self) -> set[str]:
         """Files in the jobs' unpacked folders that were not uploaded."""
@@ -119,7 +115,7 @@ def test_a_killed_job_goes_on_when_it_is_submitted_again(foreign: Path, tmp_path
         submit = ("submit", "configs/demo.yaml", *run, f"storage_path={store}", "--address", there.address)
         with gumshoe(*submit, log=log, env={**OPEN, "PYTHONPATH": str(foreign)}) as process:
             wait_for(lambda: list(run_dir.glob("checkpoints/step-*")), process, log, 240)
-            actors = there.actors()
+            actors = ours(there.pid)
             os.kill(there.job(), signal.SIGKILL)
             assert process.wait(60) != 0
             assert actors and not end(actors, 30), "a killed job left its actors behind"

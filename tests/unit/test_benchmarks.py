@@ -35,6 +35,11 @@ def test_the_work_is_the_same_every_time_and_fits_the_engine() -> None:
     assert len(prompts) == peer_trl.PROMPTS and {len(p) for p in prompts} == {peer_trl.LENGTH}
 
 
+def test_turns_are_asked_window_by_window() -> None:
+    a, b, c, d = (work.Request((i,), 1) for i in range(4))
+    assert work.turn_by_turn([[a, b], [c], [d]], 2) == [a, c, b, d]
+
+
 def test_goals_that_were_not_measured_are_not_missed() -> None:
     assert pipeline.missed({}) == []
     assert pipeline.missed({"learner: ours over bare": 0.9, "turns: ours over raw": 0.7}) == [

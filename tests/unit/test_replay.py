@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ import pytest
 from agents.advantages import AdvantageConfig
 from agents.types import Group, RecordError, Verdict, Version
 from cluster.buffer import BufferConfig, BufferSetup, Fenced, OutOfOrder
-from cluster.replay import Replay
+from cluster.config import load_config
+from cluster.errors import UserError
+from cluster.replay import Replay, check, plan_replay
+from cluster.schema import RunConfig
+from cluster.speech import make_speech
 from tests.builders import a_group
-from tests.unit.test_record import GROUPS, record, trained, write_ledger
+from tests.unit.test_record import GROUPS, record, spoken, trained, write_ledger
 
 
 def a_replay(run_dir: Path, *, groups: int = 2, steps: int = 3, advantage: str = "grpo", **more: Any) -> Replay:
@@ -188,6 +193,45 @@ def test_a_recording_that_cannot_be_trained_so_is_refused_at_once(
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture(scope="module")
+def demo() -> RunConfig:
+    return load_config("configs/demo.yaml", ["ray.address=local"], RunConfig)
+
+
+def by_demo(demo: RunConfig, groups: list[Group] = GROUPS, **changes: str) -> list[Group]:
+    """Groups as the demo's policy would have played them."""
+    speech = make_speech(demo.model.path, demo.protocol)
+    own = {"protocol": speech.name, "tokenizer": speech.tokenizer_fingerprint, "template": speech.template_fingerprint}
+    return [spoken(group, **{**own, **changes}) for group in groups]
+
+
+def test_a_replay_is_checked_before_anything_is_written(demo: RunConfig, tmp_path: Path) -> None:
+    record(tmp_path / "live", by_demo(demo))
+    for given in (str(tmp_path / "live" / "groups"), "live"):
+        config = replace(
+            demo, storage_path=str(tmp_path), name="again", replay=given, buffer=BufferConfig(groups_per_batch=4)
+        )
+        assert check(config) == tmp_path / "live" / "groups"
+    assert plan_replay(config)[0].endswith("6 groups, as they were recorded")
+
+    def refused(says: str, **changes: Any) -> None:
+        with pytest.raises((RecordError, UserError), match=says) as error:
+            check(replace(config, **changes))
+        assert "\n" not in str(error.value)
+
+    refused("there is no recording", replay="lvie")
+    refused("holds no recorded groups", replay=str(tmp_path))
+    refused("6 groups, which is less than one batch", buffer=BufferConfig(groups_per_batch=8))
+    refused("give it another name=", name="live")
+    refused("recorded with protocol 'tools', and this config has 'tags'", protocol=replace(demo.protocol, name="tags"))
+    for name in ("tokenizer", "template"):
+        record(tmp_path / name, by_demo(demo, **{name: "other"}))
+        refused(f"recorded with {name} 'other', and this config has", replay=name)
+    record(tmp_path / "plain", by_demo(demo, [without_rubrics(g) for g in GROUPS]))
+    refused("c_grpo needs the verdict parts", replay="plain")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["live", "plain", "template", "tokenizer"]
+
+
 async def test_damage_further_on_ends_the_run_with_its_place(tmp_path: Path) -> None:
     record(tmp_path)
     part = tmp_path / "groups" / "part-00000.msgpack.z"
@@ -204,14 +248,14 @@ async def test_damage_further_on_ends_the_run_with_its_place(tmp_path: Path) -> 
 
 
 async def test_memory_is_flat_however_long_the_replay_goes_on(tmp_path: Path) -> None:
-    replay = a_replay(record(tmp_path), steps=300)
+    replay = a_replay(record(tmp_path), steps=120)
     await replay.enter(None)
     held = []
-    for step in range(300):
+    for step in range(120):
         await batch_of(replay, 0, step)
         await replay.settle(0, step, {"loss": 0.0})
         await replay.rows()
-        if step in (99, 298):
+        if step in (39, 118):
             gc.collect()
             held.append(len(gc.get_objects()))
     assert held[1] < held[0] + 50

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.errors import UserError
 from cluster.progress import Progress, short_number, short_time
-from cluster.runlog import RunLog, ray_name, read_metrics
+from cluster.runlog import RunLog, full_name, ray_name, read_metrics
 
 
 def test_rows_are_on_disk_at_once_and_go_on_after_a_crash(tmp_path: Path) -> None:
@@ -116,6 +116,8 @@ def test_summary_is_whole_and_valid_json(tmp_path: Path) -> None:
 
 
 def test_ray_names() -> None:
+    assert full_name("publish", "publish/pause_ms") == "publish/pause_ms"
+    assert full_name("publish", "time/publish_s") == "publish/time/publish_s"
     assert ray_name("reward/mean") == "gumshoe_reward_mean"
     assert ray_name("stop/turn-limit.x") == "gumshoe_stop_turn_limit_x"
 

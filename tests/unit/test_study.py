@@ -110,6 +110,9 @@ def test_a_result_without_a_config_is_not_taken_for_ours(bench: Bench) -> None:
     write_json(bench.folder / "toy" / "a-seed0.json", {"date": "2026-01-01", "figures": {"score": 9}})
     with pytest.raises(Changed, match="does not say which config"):
         bench.study().run()
+    (bench.folder / "toy" / "a-seed0.json").write_text('{"figures": ')
+    with pytest.raises(Changed, match=r"a-seed0\.json cannot be read .* remove it"):
+        bench.study().run()
 
 
 def test_a_failing_arm_is_recorded_and_tried_again_the_others_go_on(bench: Bench) -> None:
@@ -250,7 +253,14 @@ def test_bootstrap_by_hand() -> None:
 
 
 def test_lists_of_numbers_stand_on_one_line_and_read_back(tmp_path: Path) -> None:
-    content = {"a": [1, None, 2.5], "b": [[1.0, 2.0], []], "c": {"d": ["x]", "y,\n z"]}, "e": []}
+    content = {
+        "a": [1, None, 2.5],
+        "b": [[1.0, 2.0], []],
+        "c": {"d": ["x]", "y,\n z"]},
+        "e": [],
+        "f": {},
+        "g": {"h": [{"i": 1}]},
+    }
     text = write_json(tmp_path / "x.json", content).read_text()
     assert json.loads(text) == content and '"a": [1, null, 2.5]' in text
 
@@ -260,5 +270,5 @@ def test_a_plot_is_well_formed_and_escaped() -> None:
     svg = plot("1 & 2", [Panel("p", rows, zero=True), Panel("empty span", [("x", [Point(0.0)])])], "note")
     root = ElementTree.fromstring(svg)
     circles = [e for e in root.iter() if e.tag.endswith("circle")]
-    assert len(circles) == 4 and [e.attrib["fill"] for e in circles][0] == "#fff"
+    assert len(circles) == 4 and circles[0].attrib["fill"] == "#fff"
     assert "a < b" in [e.text for e in root.iter()]
