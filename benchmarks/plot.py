@@ -66,7 +66,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _panel(panel: Panel, top: float) -> list[str]:
     seen = [v for _, points in panel.rows for p in points for v in (p.mean, p.low, p.high) if v is not None]
-    low, high = panel.bounds or (min([0.0, *seen]), max([0.0, *seen]) * 1.05)
+    low, high = panel.bounds or (1.05 * min([0.0, *seen]), 1.05 * max([0.0, *seen]))
     high = high if high > low else low + 1.0
     span = high - low
 

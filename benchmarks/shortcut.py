@@ -1,6 +1,7 @@
-"""A shortcut world, C-GRPO against outcome-only GRPO: `python benchmarks/shortcut.py --seeds 0 1 2`.
+"""A shortcut world, C-GRPO against outcome-only GRPO: `python benchmarks/shortcut.py --seeds 0 1 2 [--share 1]`.
 
-The world (`configs/shortcut.yaml`) names the answer under "See also" of the first page for about 60 % of the questions. Both arms start from
+The world (`configs/shortcut.yaml`) names the answer under "See also" of the first page for about 60 % of the questions; with `--share 1` for
+nearly all, so that guessing pays at least as well as following the trail (a study of its own, `shortcut_1`). Both arms start from
 the same checkpoint and take the same number of optimiser steps on the same tasks; they differ in the key `advantage.name` alone:
 
 - `c_grpo`: the outcome, and for right answers the share of rubrics that cited pages support and that hang together with the answer;
@@ -35,11 +36,22 @@ PARTS = {
     "cited_pages": "cited pages", "tool_calls": "tool calls",
 }  # fmt: skip
 CLAIM = "connected"
+SHARE = 0.7
+"""Of the first questions about a start, in `configs/shortcut.yaml`."""
 
 
 def overrides(arm: str, seed: int, given: list[str]) -> list[str]:
     worlds = [f"world.synthetic.train.seed={300 + seed}", f"world.synthetic.held_out.seed={400 + seed}"]
     return [f"seed={seed}", *worlds, f"advantage.name={arm}", *given]
+
+
+def with_share(given: argparse.Namespace) -> tuple[str, list[str]]:
+    """The study's name and the overrides of all its arms."""
+    if given.share == SHARE:
+        return "shortcut", given.set
+    return f"shortcut_{given.share:g}", [
+        f"world.synthetic.{w}.shortcut={given.share:g}" for w in ("train", "held_out")
+    ] + given.set
 
 
 def guessable(seed: int, given: list[str]) -> dict[str, bool]:
@@ -120,19 +132,20 @@ def draw(table: Table, figures: dict[str, Any]) -> str:
 
 def study(given: argparse.Namespace) -> int:
     lab = Lab(given.storage)
+    name, changes = with_share(given)
 
     def plan(arm: str, seed: int) -> Plan:
-        return training(lab, CONFIG, f"shortcut-{arm}-seed{seed}", overrides(arm, seed, given.set))
+        return training(lab, CONFIG, f"{name}-{arm}-seed{seed}", overrides(arm, seed, changes))
 
     made = Study(
-        "shortcut", {arm: lambda seed, arm=arm: plan(arm, seed) for arm in ARMS}, given.seeds,
+        name, {arm: lambda seed, arm=arm: plan(arm, seed) for arm in ARMS}, given.seeds,
         again=given.again, results=given.results, lab=lab,
     )  # fmt: skip
     table = made.run()
     seeds = made.complete(table)
     if not seeds:
         raise StudyError(f"no seed has both arms; the first failure: {next(iter(made.failed.values()))}")
-    figures = summary(table, seeds, given.set)
+    figures = summary(table, seeds, changes)
     for part, title in PARTS.items():
         for s, *found in zip(
             seeds, *([figures["after"][a][part] for a in ARMS]), figures["difference"][part], strict=True
@@ -146,4 +159,4 @@ def study(given: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(study, __doc__))
+    sys.exit(main(study, __doc__, share=SHARE))

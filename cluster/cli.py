@@ -204,7 +204,10 @@ def _rollout(args: argparse.Namespace) -> int:
         f"success {found['mean']:.3f}  [{found['low']:.3f}, {found['high']:.3f}]  "
         f"({found['n']} attempts at training tasks, 95 % interval)"
     )
-    print(f"tokens {result['sampled_tokens']}" + (f", {rate:.0f} tokens/s" if rate else ", nothing was left to play"))
+    print(
+        f"{result['groups']} groups, {result['sampled_tokens']} sampled tokens"
+        + (f", {rate:.0f} tokens/s" if rate else "")
+    )
     for key in ("recorded", "report"):
         print(f"{key:16} {result[key]}")
     return 0

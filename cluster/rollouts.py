@@ -88,10 +88,10 @@ def run_rollouts(config: RunConfig, groups: int) -> dict[str, Any]:
                 lost = _play(config, actors, left, recorder, tally, teller)
             shown = itertools.islice(recorded(folder.path), WHOLE_TRAJECTORIES)
             write_trajectories(folder.path, list(shown), speech())
-        seconds = teller.seconds.get("rollouts", 0.0)
+        seconds, earlier = teller.seconds.get("rollouts", 0.0), (folder.finished or {}).get("tokens_per_s")
         summary = {
             "name": config.name, "groups": len(tally.ids), "lost": dict(lost), "seconds": teller.seconds,
-            "sampled_tokens": tally.tokens, "tokens_per_s": (tally.tokens - before) / seconds if seconds else None,
+            "sampled_tokens": tally.tokens, "tokens_per_s": (tally.tokens - before) / seconds if seconds else earlier,
             "success": asdict(tally.success), "recorded": str(folder.path / FOLDER),
         }  # fmt: skip
         teller.log.summary(summary)
@@ -114,7 +114,7 @@ def _play(
             playing[actors.play([task], name, next(share))] = name, task
         for reference in ray.wait(list(playing), timeout=POLL_S)[0]:
             name, task = playing.pop(reference)
-            cause, in_a_row = "", in_a_row + 1
+            cause = ""
             try:
                 (group,) = ray.get(reference)
                 if all(masked_cause(member) for member in group.members):
@@ -127,6 +127,7 @@ def _play(
                 teller.event(f"group {name} failed: {one_line(error)}")
             if cause:
                 lost[cause] += 1
+                in_a_row += 1
                 if in_a_row >= config.buffer.max_failures_in_a_row:
                     raise UserError(
                         f"{in_a_row} groups failed one after the other, the last with {cause}; look at engines and judge"

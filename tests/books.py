@@ -64,14 +64,17 @@ class Books:
         return sum(self.episodes.values()) + sum(self.earlier.values())
 
     def agrees(self, ledger: Mapping[str, Any]) -> None:
-        """Asserts that `ledger` (of a summary: counts by place, dropped by reason) says what the journal says."""
-        counts, dropped = self.counts(), {}
-        for place in list(counts):
-            if place.startswith(GONE) and counts[place]:
-                dropped[place.removeprefix(GONE)] = counts[place]
-        ours = {k: counts.get(k, 0) for k in (RUNNING, READY, BATCH, TRAINED)} | {"admitted": self.admitted}
-        theirs = {k: int(ledger[k]) for k in ours}
-        assert (theirs, {k: v for k, v in ledger["dropped"].items() if v}) == (ours, dropped)
+        """Asserts that `ledger` (of a summary: counts by place, dropped by reason) says what the journal says.
+
+        What was still being rolled out when the summary was made may have become ready since.
+        """
+        counts = self.counts()
+        dropped = {place.removeprefix(GONE): n for place, n in counts.items() if place.startswith(GONE) and n}
+        ours = {k: counts.get(k, 0) for k in (BATCH, TRAINED)}
+        ours |= {"admitted": self.admitted, "under way": counts.get(RUNNING, 0) + counts.get(READY, 0)}
+        theirs = {**ledger, "under way": ledger[RUNNING] + ledger[READY]}
+        assert {k: int(theirs[k]) for k in ours} == ours
+        assert {k: v for k, v in ledger["dropped"].items() if v} == dropped
 
     # ------------------------------------------------------------------------------------------------- moves
 
@@ -130,7 +133,8 @@ class Books:
 
     def _lose(self, line: Mapping[str, Any]) -> None:
         assert line["reason"], "dropped without a reason"
-        for place in (RUNNING, READY, *((BATCH,) if line.get("batch") else ())):
+        assert set(line["places"]) <= {RUNNING, READY, BATCH}, "what was trained cannot be lost"
+        for place in line["places"]:
             for lease in self._at(place):
                 self._go(lease, place, GONE + line["reason"])
 

@@ -1,11 +1,13 @@
 """Real runs of the command line for tests: started as a user starts them, watched by their metrics, always ended.
 
-Invariant: what a run started ends with its block, also when its driver was killed and could end nothing itself.
+Invariant: what a run started ends with its block, also when its driver was killed and could end nothing itself, and when
+whoever watches it is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -27,7 +29,7 @@ def gumshoe(*arguments: str, log: Path, env: dict[str, str] | None = None) -> It
     with open(log, "ab") as out:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "gumshoe.py"), *arguments], stdout=out, stderr=subprocess.STDOUT,
-            start_new_session=True, env={**os.environ, **(env or {})}, cwd=ROOT,
+            start_new_session=True, env={**os.environ, **(env or {})}, cwd=ROOT, preexec_fn=_end_with_parent,
         )  # fmt: skip
         started: dict[int, str] = {}
         try:
@@ -41,6 +43,11 @@ def gumshoe(*arguments: str, log: Path, env: dict[str, str] | None = None) -> It
                     process.wait(30)
                     break
             end(list(started))
+
+
+def _end_with_parent() -> None:
+    """In the child, before it begins: SIGKILL when its parent dies; Ray and engines follow their driver."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def below(pid: int) -> dict[int, str]:
@@ -115,6 +122,17 @@ def rows(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:
 def events(run_dir: Path) -> list[str]:
     """The lines of the run's log for people."""
     return [r["message"] for r in rows(run_dir, "event")]
+
+
+def rows_since(run_dir: Path, event: str) -> list[dict[str, Any]]:
+    """The train rows after the last event that holds `event`."""
+    found: list[dict[str, Any]] = []
+    for row in rows(run_dir):
+        if row["kind"] == "event" and event in row["message"]:
+            found.clear()
+        elif row["kind"] == "train":
+            found.append(row)
+    return found
 
 
 def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> Any:

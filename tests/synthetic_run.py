@@ -150,7 +150,10 @@ def metrics(steps: int, seed: int = 0, rewind: int = 0) -> list[dict[str, Any]]:
     if rewind:
         end = before["settled"]
         dies = START + 0.87 * (end - START)
+        back = steps_taken(steps, rewind, seed)[3 * steps // 4]["began"]
+        said = f"learner 1 begins at step {3 * steps // 4 - rewind} (the one before was at {3 * steps // 4})"
         told = (
+            (back, f"{said}; 2 groups return to ready, the rest since is dropped as lineage"),
             (dies - 30, "sampler-1 was fenced: its engine process is gone"),
             (dies - 21, "sampler-2 took its place with weights v0.37"),
             (dies, "rollout-1 died with 5 leases, which are leased again; rollout-3 took its place"),

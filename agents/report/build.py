@@ -156,6 +156,7 @@ def charts(run: RunData) -> list[Chart]:
         line_chart("Reward", series("reward/mean", *rewards), note="Mean over a batch, and its parts."),
         line_chart("Held-out success by difficulty", by_hops, bounds=(0.0, 1.0), note="The same frozen tasks, by hops.") if len(hops) > 1 else None,
         line_chart("Throughput", series("tokens_per_s", names={"tokens_per_s": "tokens"}), unit="tokens/s"),
+        line_chart("Engines", series("engine/running", names={"engine/running": "requests running"}), note="Mean over all engines since the last step."),
         line_chart("Staleness", series("staleness/mean", "staleness/max"), note="Optimiser steps between sampling and training."),
         line_chart(
             "Mismatch of sampler and learner", series("mismatch/kl_k3", names={"mismatch/kl_k3": "KL (k3)"}),

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from agents.report.load import number, rewinds, whole_steps
-from agents.report.spans import Span, actor_order, covered_s
+from agents.report.spans import Span, actor_order, clipped, covered_s
 
 RECENT = 50
 """Steps that the verdict rests on: what limited the run an hour ago may be mended."""
@@ -22,8 +22,11 @@ STALL = 10.0
 MIN_STALL_S = 120.0
 MIN_FREE_BYTES = 2 * 2**30
 RESTARTED = re.compile(
-    r"^(?P<actor>[\w-]+) (was fenced|died|was restarted|did not come up|went silent)|^the learner (died|went back)"
+    r"^(?:(?P<actor>learner) \d+ begins at step|(?P<other>[a-z]+)(?:-\d+)? (?:was fenced|was killed|died)\b)"
 )
+"""Events of the fleet, the watchdog and the buffer. A learner counts when it is back, others when they go."""
+ONE_DEATH_S = 30.0
+"""Several events about one actor within this time tell of one death."""
 
 BROKEN, LIMIT, WARNING = 3, 2, 1
 
@@ -242,7 +245,11 @@ def _ledger(train: Sequence[Mapping[str, Any]]) -> list[Finding]:
         ))  # fmt: skip
     reasons = {k.removeprefix("dropped/"): v for k in row if k.startswith("dropped/") and (v := number(row, k))}
     if admitted and parts["dropped"] / admitted >= 0.1:
-        by = ", ".join(f"{_share(v / admitted)} {k}" for k, v in sorted(reasons.items(), key=lambda i: -i[1])[:3])
+        by = ", ".join(
+            f"{_share(v / admitted)} {k}"
+            for k, v in sorted(reasons.items(), key=lambda i: -i[1])[:3]
+            if v / admitted >= 0.005
+        )
         made.append(Finding(
             WARNING, parts["dropped"] / admitted, f"{_share(parts['dropped'] / admitted)} of the admitted episodes were dropped ({by})",
             "stale: a lower rollout.groups_in_flight or a higher buffer.max_staleness; others: see the events",
@@ -267,7 +274,7 @@ def _learning(mean: Means) -> list[Finding]:
         cut = f"; {_share(mean('mismatch/cut'))} of the tokens were cut for it" if mean("mismatch/cut") else ""
         made.append(Finding(
             WARNING, min(1.0, 10 * kl), f"sampler and learner disagree: KL (k3) {kl:.2g}, ratio up to {mean('ratio/max'):.3g}{cut}",
-            "the same engine.dtype and learner.dtype, kv_after_update=recompute, a smaller buffer.max_staleness or learner.lr",
+            "the same engine.dtype and learner.dtype, engine.kv_after_update=recompute, a smaller buffer.max_staleness or learner.lr",
         ))  # fmt: skip
     groups, same = mean("groups/count"), mean("groups/zero_spread")
     if groups and same / groups >= 0.5:
@@ -300,9 +307,17 @@ def _learning(mean: Means) -> list[Finding]:
 
 def _restarts(train: Sequence[dict[str, Any]], events: Sequence[Mapping[str, Any]]) -> list[Finding]:
     made = []
-    found = [(m, e) for e in events if (m := RESTARTED.match(str(e.get("message", ""))))]
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    last: dict[str, float] = {}
+    for event in events:
+        if (m := RESTARTED.match(str(event.get("message", "")))) is None:
+            continue
+        at, who = number(dict(event), "time") or 0.0, str(event["message"]).split(" ")[0]
+        if who == "learner" or at - last.get(who, -ONE_DEATH_S) >= ONE_DEATH_S:
+            found.append((m["actor"] or m["other"], event))
+        last[who] = at
     if len(found) >= 3:
-        kinds = Counter((m["actor"] or "learner").rstrip("0123456789").rstrip("-") for m, _ in found)
+        kinds = Counter(kind for kind, _ in found)
         by = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(3))
         made.append(Finding(
             WARNING, min(1.0, len(found) / 20), f"{len(found)} restarts ({by}); the last: {_line(found[-1][1])}",
@@ -320,19 +335,19 @@ def _restarts(train: Sequence[dict[str, Any]], events: Sequence[Mapping[str, Any
 
 
 def _idle(spans: Sequence[Span], mean: Means) -> float:
-    """Share of the recent steps in which a rollout worker had no lease at all, mean over workers; 0 when nobody knows."""
+    """Share of the learner's recent time in which a rollout worker had no lease at all, mean over workers; 0 if unknown."""
     times = [at for r in mean.rows if (at := number(dict(r), "time")) is not None]
     if len(times) < 2:
         return 0.0
-    began, ended = min(times), max(times)
     by: dict[str, list[Span]] = {}
-    for s in spans:
-        if s.actor.startswith("rollout") and s.phase != "wait" and s.ended > began and s.began < ended:
-            by.setdefault(s.actor, []).append(replace(s, began=max(s.began, began), ended=min(s.ended, ended)))
-    shares = []
+    for s in clipped(spans, min(times), max(times)):
+        if s.actor == "learner" or (s.actor.startswith("rollout") and s.phase != "wait"):
+            by.setdefault(s.actor, []).append(s)
+    learner, shares = by.pop("learner", []), []
     for these in by.values():  # one that died or came later counts only while it lived
-        lived = ended - began if len(by) == 1 else max(s.ended for s in these) - min(s.began for s in these)
-        shares.append(1 - covered_s(these) / lived if lived > 0 else 0.0)
+        lived = clipped(learner, min(s.began for s in these), max(s.ended for s in these)) if len(by) > 1 else learner
+        if (whole := covered_s(lived)) > 0:
+            shares.append((covered_s([*lived, *these]) - covered_s(these)) / whole)
     return sum(shares) / len(shares) if shares else 0.0
 
 

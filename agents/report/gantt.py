@@ -25,9 +25,10 @@ MAX_BARS = 900
 """Bars in a window; the shortest are left out, and the page says so."""
 WIDTH, LEFT, RIGHT, TOP = 1072.0, 84.0, 6.0, 26.0
 _TELLING = re.compile(
-    r"\b(fenced|died|dead|took its place|restart\w*|killed|resum\w+|restor\w+|went back|damaged|stuck|lost)\b", re.I
+    r"\b(fenced|died|dead|killed|stuck|damaged|went back|not answered|answers again|came back|took its place|begins at step|restart\w*|resum\w+)\b",
+    re.I,
 )
-_BAD = re.compile(r"\b(fenced|died|dead|killed|went back|damaged|stuck|lost)\b", re.I)
+_BAD = re.compile(r"\b(fenced|died|dead|killed|stuck|damaged|went back|not answered)\b", re.I)
 _ACTOR = re.compile(r"^(?:the )?([a-z]+(?:-\d+)?)\b")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 MAX_BYTES = 32 * 2**20
@@ -105,6 +105,15 @@ def uses(spans: Sequence[Span]) -> list[Use]:
 def covered_s(spans: Iterable[Span], gap_s: float = 0.0) -> float:
     """Time covered by at least one span; pauses of up to `gap_s` between two count as covered."""
     return sum(end - begin for begin, end in stretches(spans, gap_s))
+
+
+def clipped(spans: Iterable[Span], began: float, ended: float) -> list[Span]:
+    """What of the spans lies between two moments."""
+    return [
+        replace(s, began=max(s.began, began), ended=min(s.ended, ended))
+        for s in spans
+        if s.ended > began and s.began < ended
+    ]
 
 
 def stretches(spans: Iterable[Span], gap_s: float = 0.0) -> list[tuple[float, float]]:

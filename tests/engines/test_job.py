@@ -23,7 +23,7 @@ import pytest
 
 from cluster.submit import upload_files
 from tests.books import journal, replayed
-from tests.runs import ROOT, SMALL, below, end, gumshoe, ours, rows, wait_for
+from tests.runs import ROOT, SMALL, below, end, gumshoe, ours, rows, rows_since, wait_for
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 """The cluster is on loopback and lives for one test; Ray may otherwise ask for a token."""
@@ -114,7 +114,7 @@ def test_a_killed_job_goes_on_when_it_is_submitted_again(foreign: Path, tmp_path
     with cluster(foreign, tmp_path / "ray.log") as there:
         submit = ("submit", "configs/demo.yaml", *run, f"storage_path={store}", "--address", there.address)
         with gumshoe(*submit, log=log, env={**OPEN, "PYTHONPATH": str(foreign)}) as process:
-            wait_for(lambda: list(run_dir.glob("checkpoints/step-*")), process, log, 240)
+            wait_for(lambda: list(run_dir.glob("checkpoints/step-*")), process, log, 400)
             actors = ours(there.pid)
             os.kill(there.job(), signal.SIGKILL)
             assert process.wait(60) != 0
@@ -129,11 +129,11 @@ def test_a_killed_job_goes_on_when_it_is_submitted_again(foreign: Path, tmp_path
             "--runtime-env-json", variables, "--",
             sys.executable, "-m", "cluster.cli", "train", "configs/demo.yaml", *run, "storage_path=mine",
         ]  # fmt: skip
-        done = subprocess.run(plain, cwd=ROOT, env={**os.environ, **OPEN}, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(plain, cwd=ROOT, env={**os.environ, **OPEN}, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         assert not there.left_in_job_folders()
     assert len(before) < 8, "the first job was to be killed on its way"
-    steps = [r["step"] for r in rows(run_dir, "train")[len(before) :]]
+    steps = [r["step"] for r in rows_since(run_dir, "learner 1 begins")]
     assert steps == list(range(int(saved.name.removeprefix("step-")) + 1, 9)), "it went on from the newest checkpoint"
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["ledger"]["trained"] == 8 * 8

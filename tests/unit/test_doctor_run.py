@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import gumshoe
 from agents.report.findings import BROKEN, LIMIT, Finding, findings
 from agents.report.spans import Span
 from cluster.doctor import examine_run
+from cluster.schema import RunConfig
 
 # A step of 10 s in which nothing stands out.
 EVEN = {"time/step_s": 10.0, "time/wait_s": 1.5, "time/train_s": 4.5, "time/publish_s": 1.0, "time/checkpoint_s": 0.8}
@@ -78,9 +82,12 @@ def test_a_long_tail_and_busy_engines_are_named() -> None:
 
 def test_admission_limits_when_learner_and_rollouts_take_turns() -> None:
     rows = run(**WAITS, rollout__generate_s=8.0, staleness__mean=0.0)
-    text = first(findings(rows, [*leases(busy_s=6.5), *leases(busy_s=5.5, worker="rollout-1")]))
+    turns = [*leases(busy_s=6.5), *leases(busy_s=5.5, worker="rollout-1")]
+    text = first(findings(rows, [*turns, *leases(worker="learner")]))
     assert text.startswith("admission limits: the learner waited 61 %") and "without any lease 38 %" in text
     assert "buffer.max_staleness" in text
+    stood_still = [s for s in leases(busy_s=6.0, worker="learner") if s.step % 2]  # the whole run did, not the rollouts
+    assert first(findings(rows, [*turns, *stood_still])).startswith("sampling limits")
 
 
 def test_publishing_checkpoints_and_the_rest_limit() -> None:
@@ -157,9 +164,22 @@ def test_restarts_and_rewinds() -> None:
         "rollout-2 died with 4 leases",
         "sampler-1 was fenced: silent",
     ]
-    rows = [*run(8), *run(12)[5:], *({"kind": "event", "step": 7, "message": m} for m in told)]
+    told += [
+        "rollout-2 died (ActorDiedError); rollout-3 took its place",
+        "learner 1 begins at step 5 (the one before was at 8)",
+        "lease 3 failed: died",
+    ]
+    times = [10.0, 20.0, 30.0, 70.0, 31.0, 80.0, 90.0]
+    rows = [
+        *run(8),
+        *run(12)[5:],
+        *({"kind": "event", "step": 7, "time": t, "message": m} for t, m in zip(times, told, strict=True)),
+    ]
     text = "\n".join(f.what for f in findings(rows, leases()))
-    assert "3 restarts (2 x sampler, 1 x rollout); the last: “sampler-1 was fenced: silent” (step 7)" in text
+    assert (
+        "4 restarts (2 x sampler, 1 x rollout, 1 x learner); the last: “learner 1 begins at step 5 (the one before was at 8)” (step 7)"
+        in text
+    )
     assert "the learner went back 1 time; 3 steps were trained again" in text
 
 
@@ -173,3 +193,18 @@ def test_the_command_prints_them(tmp_path: Path) -> None:
     lines, healthy = examine_run(tmp_path)
     assert healthy and any("1. the learner limits" in line for line in lines)
     assert all(len(line.splitlines()) <= 1 for line in lines)
+
+
+@pytest.mark.parametrize("path", ["agents/report/findings.py", "docs/observability.md"])
+def test_every_key_it_names_exists(path: str) -> None:
+    sections = {f.name: f.default_factory() for f in fields(RunConfig) if callable(f.default_factory)}
+    text = (Path(gumshoe.ROOT) / path).read_text(encoding="utf-8")
+    named = {m for m in re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b", text) if m.split(".")[0] in sections}
+    assert len(named) > 8
+    for name in named - {"ray.init", "ray.nodes"}:  # of Ray itself, not of our section
+        node: Any = sections
+        for part in name.split("."):
+            assert part in node if isinstance(node, dict) else hasattr(node, part), (
+                f"{path} names {name}, no key of the config"
+            )
+            node = node[part] if isinstance(node, dict) else getattr(node, part)
