@@ -47,7 +47,9 @@ class Uniform:
     def task(self, task_id: str) -> Task:
         """The task of that id. Raises ValueError when there is none."""
         if task_id not in self._by_id:
-            raise ValueError(f"task {task_id!r} is not among the {len(self._tasks)} training tasks: were they changed since?")
+            raise ValueError(
+                f"task {task_id!r} is not among the {len(self._tasks)} training tasks: were they changed since?"
+            )
         return self._by_id[task_id]
 
     def update(self, results: Mapping[str, float]) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 from agents.advantages import AdvantageConfig
 from agents.curriculum import CURRICULA, Curriculum
 from agents.recordfile import RecordReader, RecordWriter, read_records
-from agents.types import Group, Task
+from agents.types import Group, RecordError, Task
 from cluster.batch import Batch, make_batch
 from cluster.ledger import Counts, Ledger
 
@@ -186,8 +186,8 @@ class Buffer:
             try:
                 for group in groups:
                     await asyncio.to_thread(self._recorder.write, group)
-            except OSError as error:
-                self._fatal = self._fatal or f"groups cannot be recorded in {self._setup.record}: {error.strerror}; free some space and go on with resume="  # fmt: skip
+            except (OSError, RecordError) as error:
+                self._fatal = self._fatal or f"groups cannot be recorded in {self._setup.record}: {error}; mend that and go on with resume="  # fmt: skip
         async with self._changed:
             if not self._ledger.is_running(lease_id):
                 return False

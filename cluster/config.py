@@ -161,7 +161,9 @@ def load_saved(path: str | Path) -> dict[str, Any]:
     try:
         return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
     except Exception as error:
-        raise ConfigError(f"{path} cannot be read: {_first_line(error)}; put back the one the run was started with") from None
+        raise ConfigError(
+            f"{path} cannot be read: {_first_line(error)}; put back the one the run was started with"
+        ) from None
 
 
 def keys_of(schema: Any, prefix: str = "") -> Iterator[str]:

@@ -204,7 +204,9 @@ class Fleet:
         """Brings weights into all live engines; a failing one is fenced. Returns timings and who failed."""
         async with self._membership:
             if Version.parse(version).incarnation < Version.parse(self._version).incarnation:
-                raise EngineError("weights", f"weights {version} are of a learner that was replaced; published are {self._version}")
+                raise EngineError(
+                    "weights", f"weights {version} are of a learner that was replaced; published are {self._version}"
+                )
             self._manifest, self._version = Manifest.from_dict(manifest), version
             self._keep_state()
             targets = {e.name: e for e in self._engines.values() if e.live}
@@ -355,7 +357,9 @@ class Fleet:
     def _keep_state(self) -> None:
         if self._state is not None and self._manifest is not None:
             part = self._state.with_suffix(".part")
-            part.write_text(json.dumps({"manifest": self._manifest.to_dict(), "version": self._version}), encoding="utf-8")
+            part.write_text(
+                json.dumps({"manifest": self._manifest.to_dict(), "version": self._version}), encoding="utf-8"
+            )
             part.replace(self._state)
 
     def _come_back(self) -> None:
@@ -365,7 +369,9 @@ class Fleet:
         if self._state.is_file():
             saved = json.loads(self._state.read_text(encoding="utf-8"))
             self._manifest, self._version = Manifest.from_dict(saved["manifest"]), saved["version"]
-        self._events.append(f"the fleet came back; {self._config.num_engines} engines start with weights {self._version}")
+        self._events.append(
+            f"the fleet came back; {self._config.num_engines} engines start with weights {self._version}"
+        )
         self._prefix = f"sampler-{os.getpid()}-"  # somebody may still report the dead ones by their names
         for _ in range(self._config.num_engines):
             self._background(self._replace())

@@ -46,7 +46,8 @@ class Progress:
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
         """Show the state after `step` from that step's metrics."""
-        self._step_at = [*self._step_at[-31:], (self._clock(), step)]  # the pace of the last 32 steps
+        known = [at for at in self._step_at if at[1] < step]  # a restore goes back: its pace counts from there
+        self._step_at = [*known[-31:], (self._clock(), step)]  # the pace of the last 32 steps
         width = len(str(self.total))
         parts = [f"{self.unit} {step:>{width}}/{self.total}"]
         for name, form in _SHOWN:

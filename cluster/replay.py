@@ -104,8 +104,9 @@ class Replay:
             if self._made is None or self._made.batch.step != step:  # else another rank was faster
                 self._made = coming.result()
                 self._since = time.time()
-                if self._made.cursor // len(self._recording) > self._cursor // len(self._recording):
-                    self._say(f"the recording's {len(self._recording)} groups are through once more; it begins again")
+                total = len(self._recording)
+                if (self._made.cursor - 1) // total > max(0, self._cursor - 1) // total:
+                    self._say(f"all {total} groups of the recording were trained; it begins again")
                 if not self._made.batch.last:
                     self._prepare(self._made.cursor, step + 1, world_size)
         return self._made.batch
@@ -128,7 +129,7 @@ class Replay:
         ledger = {f"ledger/{k}": float(n) for k, n in {**books, "dropped": sum(dropped.values())}.items()}
         passes = {"replay/passes": self._cursor / len(self._recording)}
         self._rows.append(
-            {"kind": "train", "step": self._step, "time": now, **made.batch.stats, **row, **passes, **ledger}
+            {"kind": "train", "step": self._step, "time": now, **row, **made.batch.stats, **passes, **ledger}
         )
         began = now - float(row.get("time/train_s", 0.0))
         parts = {k: row[f"time/{k}_s"] for k in ("pack", "forward", "backward", "optimiser") if f"time/{k}_s" in row}
@@ -310,7 +311,11 @@ def run_replay(config: RunConfig) -> dict[str, Any]:
             stack.enter_context(ray_session(config.ray, {kind: n for kind, n in wanted.items() if n}))
         with teller.phase("training"):
             setup = BufferSetup(
-                config.buffer, config.advantage, train.steps, ends_at=ends_at(config), max_learner_failures=train.max_failures
+                config.buffer,
+                config.advantage,
+                train.steps,
+                ends_at=ends_at(config),
+                max_learner_failures=train.max_failures,
             )
             staff = Staff(config, setup, source)
             learner = LearnerRun(

@@ -106,7 +106,9 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
             os.rename(path, aside)
             lines.append(f"checkpoint {path.name} is damaged and was set aside as {aside.name}: {error}")
     if found:
-        raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is whole ({lines[0]}); start the run anew")
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints in {folder} is whole ({lines[0]}); start the run anew"
+        )
     return None, lines
 
 
