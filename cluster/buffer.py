@@ -30,6 +30,7 @@ from agents.recordfile import RecordReader, RecordWriter, read_records
 from agents.types import Group, RecordError, Task
 from cluster.batch import Batch, make_batch
 from cluster.ledger import Counts, Ledger
+from cluster.watchdog import Pulse, pulse_of
 
 ROWS_AGAIN = 20
 """Steps whose rows a buffer that came back tells once more; the driver knows which it has."""
@@ -374,7 +375,7 @@ class Buffer:
         """Adds a line for people to the run's log."""
         self._say(message)
 
-    async def pulse(self) -> tuple[str, float]:
+    async def pulse(self) -> Pulse:
         """What the run waits for here, and since when (unix seconds)."""
         books, batch = self._ledger, self._config.groups_per_batch
         if books.held:
@@ -389,7 +390,7 @@ class Buffer:
             oldest = min((self._leases[i] for i in running if i in self._leases), key=lambda x: x.began, default=None)
             if oldest is not None:
                 what += f", the oldest ({oldest.id}) at {oldest.worker} for {time.time() - oldest.began:.0f} s"
-        return what, self._since
+        return pulse_of(what, self._since)
 
     async def idle_learner(self, longer_than_s: float) -> Any:
         """The learner's handle when the run has waited for it so long, else None."""

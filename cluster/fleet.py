@@ -29,7 +29,7 @@ from cluster.errors import one_line
 from cluster.vllm.engine import EngineConfig, PolicyEngine
 from cluster.vllm.preflight import EngineError
 from cluster.vllm.transfer import Deadlines, Manifest, ShmTransport, publish
-from cluster.watchdog import Tally, Waits
+from cluster.watchdog import Pulse, Tally, Waits, pulse_of
 
 
 class Sampler:
@@ -158,11 +158,11 @@ class Fleet:
         self._watch = asyncio.create_task(self._watch_health())
         return {e.name: e.pids for e in fresh}
 
-    async def pulse(self) -> tuple[str, float]:
+    async def pulse(self) -> Pulse:
         """For the watchdog; a fleet that Ray has started again brings its engines up first."""
         if not self._began and self._state is not None:
             self._come_back()
-        return self._waits.oldest()
+        return pulse_of(*self._waits.oldest())
 
     async def route(self, session: str, worker: str = "", timeout_s: float = 120.0) -> tuple[str, Any]:
         """(name, handle) of the engine that serves `session`. Raises EngineError when none comes up in time."""

@@ -175,11 +175,11 @@ class Replay:
         """Adds a line for people to the run's log."""
         self._say(message)
 
-    async def pulse(self) -> tuple[str, float]:
+    async def pulse(self) -> Pulse:
         """What the run waits for here, and since when (unix seconds)."""
         if self._incarnation < 0:
-            return "a learner", self._since
-        return f"{'the learner to train' if self._made else 'disk for'} batch {self._step}", self._since
+            return pulse_of("a learner", self._since)
+        return pulse_of(f"{'the learner to train' if self._made else 'disk for'} batch {self._step}", self._since)
 
     async def idle_learner(self, longer_than_s: float) -> Any:
         """The learner's handle when it has had its batch for so long, else None."""

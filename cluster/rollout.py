@@ -44,7 +44,7 @@ from agents.types import (
 from cluster.buffer import Lease
 from cluster.errors import one_line
 from cluster.vllm.preflight import EngineError
-from cluster.watchdog import Waits
+from cluster.watchdog import Pulse, Waits, pulse_of
 from envs.config import SandboxConfig
 from envs.sandbox import Session
 
@@ -194,9 +194,9 @@ class RolloutWorker:
         """Its pid, once it can work."""
         return os.getpid()
 
-    async def pulse(self) -> tuple[str, float]:
+    async def pulse(self) -> Pulse:
         """For the watchdog: what it has waited for the longest, and since when."""
-        return self._waits.oldest()
+        return pulse_of(*self._waits.oldest())
 
     async def run(self, buffer: Any) -> None:
         """Leases from `buffer` and plays until `stop`. One coroutine per lease, at most `groups_in_flight` of them."""

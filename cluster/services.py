@@ -8,7 +8,7 @@ from typing import Any
 
 from agents.interfaces import Services
 from agents.types import BackendInfo, Document, Group, Hit, Query, Verdict
-from cluster.watchdog import Waits
+from cluster.watchdog import Pulse, Waits, pulse_of
 from retrieval.backend import BackendConfig, build_backend
 from retrieval.service import SearchService, ServiceConfig
 from rewards.config import RewardConfig
@@ -27,9 +27,9 @@ class Retrieval:
         await self._service.search([Query("self check", k=1)])
         return os.getpid(), self._service.info()
 
-    async def pulse(self) -> tuple[str, float]:
+    async def pulse(self) -> Pulse:
         """For the watchdog: it waits for nobody."""
-        return "", 0.0
+        return pulse_of()
 
     async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
         return await self._service.search(queries)
@@ -49,9 +49,9 @@ class RewardServer:
         self._reward = make_reward(reward)
         self._waits = Waits()
 
-    async def pulse(self) -> tuple[str, float]:
+    async def pulse(self) -> Pulse:
         """For the watchdog: the group it has judged for the longest time."""
-        return self._waits.oldest()
+        return pulse_of(*self._waits.oldest())
 
     async def ready(self) -> int:
         """Pid, once the judge has answered. Raises JudgeError for an endpoint that does not."""

@@ -7,6 +7,7 @@ told apart; each is told once, and once more when it is over.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,6 +85,15 @@ class Tally:
         return len(self._times) > self._limit
 
 
+Pulse = tuple[str, float, int]
+"""What an actor waits for, since when (unix seconds), and its process."""
+
+
+def pulse_of(what: str = "", since: float = 0.0) -> Pulse:
+    """The answer of this process."""
+    return what, since, os.getpid()
+
+
 class Waits:
     """What an actor waits for right now. `with waits("a turn from sampler-0"): ...` around every wait on somebody else."""
 
@@ -113,6 +123,7 @@ class _Watched:
     pulse: Any = None
     asked: float = field(default_factory=time.monotonic)
     waits: tuple[str, float] = ("", 0.0)
+    pid: int = 0
     answered: bool = False
     """Since it started, or was started again: until then it may take its time."""
     told_silent: bool = False
@@ -159,7 +170,7 @@ class Watchdog:
         if ray.wait([w.pulse], timeout=0)[0]:
             answer, w.pulse = w.pulse, None
             try:
-                w.waits = ray.get(answer)
+                what, since, pid = ray.get(answer)
             except ray.exceptions.RayError as error:
                 if w.replace is not None:
                     self._watched.pop(name, None)
@@ -170,6 +181,9 @@ class Watchdog:
                 return
             if w.dead or w.told_silent:
                 yield f"{name} answers again" + (f" after {silent_s:.0f} s" if w.told_silent else "")
+            elif w.pid not in (0, pid):  # it was away for less than we looked
+                yield f"{name} died and was started again; it answers again"
+            w.waits, w.pid = (what, since), pid
             w.dead, w.told_silent, w.answered = False, False, True
             yield from self._waiting(name, w)
         elif silent_s > (self._config.replace_s if w.answered else max(self._config.replace_s, self._config.start_s)):

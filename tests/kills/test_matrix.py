@@ -40,7 +40,7 @@ from tests.runs import (
 
 RUN = (
     "train", "configs/demo.yaml", "name=kill", "resume=auto", *SMALL, "rollout.workers=2", "train.checkpoint_every=3",
-    "train.keep_checkpoints=3", "train.verify_every=1", "watch.silent_s=4", "watch.replace_s=8",
+    "learner.lr=1e-5", "train.keep_checkpoints=3", "train.verify_every=1", "watch.silent_s=4", "watch.replace_s=8",
 )  # fmt: skip
 STEPS = 4
 """Optimiser steps after a death: with `max_staleness=1`, two batches may have been rolled out before it."""
@@ -89,9 +89,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         run.goes_on()
         for kind in ("reward", "retrieval"):
             run.kill(kind)
-            run.says(f"{kind} died")
             run.goes_on()
-            run.says(f"{kind} answers again")
         run.kill("buffer")
         run.says("the buffer came back from its journal")
         run.goes_on()
@@ -115,8 +113,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_every_death_is_told_and_the_books_balance(killed):
     said = "\n".join(events(killed))
-    for pattern in (r"sampler-0 was fenced", r"worker_lost|died with \d+ leases", r"learner 1 begins at step \d+"):
-        assert re.search(pattern, said), said
+    for pattern in (r"sampler-0 was fenced", r"rollout-\d died with \d+ leases", r"reward died", r"retrieval died"):
+        assert re.search(pattern, said), f"nothing says {pattern!r}:\n{said}"
     trained = rows(killed, "train")
     assert all(balanced(r) for r in trained)
     books = replayed(journal(killed / "ledger.jsonl"))

@@ -48,9 +48,13 @@ def test_goals_that_were_not_measured_are_not_missed() -> None:
 
 
 def test_peer_table() -> None:
-    table = peer_trl.figures({"trl": [4.0, 4.0], "ours": [2.0, 2.0]}, {"trl-vllm": "no"})
-    assert table["ours over trl"] == 2.0 and table["trl-vllm: did not run"] == "no"
-    assert table["ours: tokens/s"] == 64 * 256 / 2
+    times = peer_trl.Times([0.0, *range(1, peer_trl.WARM_UP + 1), 5.0, 9.0], [0.0, 0.0, 0.0, 1.0, 2.0])
+    trl = peer_trl.after_warm_up(times)
+    assert trl == {"step": [5.0 - peer_trl.WARM_UP, 4.0], "generate": [1.0, 2.0]}
+    ours = {"step": [1.5, 1.5], "generate": [1.0, 1.0]}
+    table = peer_trl.figures({"trl": trl, "ours": ours}, {"trl-vllm": "no"})
+    assert table["tokens/s of ours over trl"] == 2.0 and table["trl-vllm: did not run"] == "no"
+    assert table["ours: tokens/s"] == round(64 * 256 / 1.5, 1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ class FakeActor:
     """An actor whose answers a test decides: a value, an error, or None for silence."""
 
     def __init__(self):
-        self.answer = ("", 0.0)
+        self.answer = ("", 0.0, 1)
         self.asked = 0
         self.pulse = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._ask), remote=self._ask)
 
@@ -42,7 +42,7 @@ def dog(monkeypatch):
 def test_a_silent_actor_is_named_with_what_it_waited_for_then_killed(dog):
     actor = FakeActor()
     dog.watch("retrieval", actor)
-    actor.answer = ("the disk", time.time() - 3)
+    actor.answer = ("the disk", time.time() - 3, 1)
     assert dog.look() == dog.look() == []
     actor.answer = None
     dog.look()
@@ -53,7 +53,7 @@ def test_a_silent_actor_is_named_with_what_it_waited_for_then_killed(dog):
     time.sleep(0.11)
     (line,) = dog.look()
     assert "retrieval was killed, to start again" in line and dog.killed == [(actor, False)]
-    actor.answer = ("", 0.0)
+    actor.answer = ("", 0.0, 1)
     dog.look()
     assert dog.look() == ["retrieval answers again"]
 
@@ -68,11 +68,21 @@ def test_a_dead_actor_without_a_successor_of_its_own_is_replaced(dog):
     assert dog.look() == [], "nobody looks after it any more"
 
 
+def test_one_that_died_and_came_back_between_two_looks_is_told(dog):
+    actor = FakeActor()
+    dog.watch("reward", actor)
+    dog.look()
+    assert dog.look() == []
+    actor.answer = ("", 0.0, 2)
+    lines = [line for _ in range(4) for line in dog.look()]
+    assert lines == ["reward died and was started again; it answers again"]
+
+
 def test_one_that_answers_but_waits_too_long_says_for_what(dog):
     actor = FakeActor()
     dog.watch("rollout-0", actor)
     since = time.time() - 60
-    actor.answer = ("a policy turn from sampler-0", since)
+    actor.answer = ("a policy turn from sampler-0", since, 1)
     lines = [line for _ in range(6) for line in dog.look()]
     assert len(lines) == 1 and "has waited 60 s for a policy turn from sampler-0" in lines[0]
     assert "rollout-0 has waited 60 s" in dog.waiting_for()[0]
