@@ -26,6 +26,7 @@ from cluster.buffer import BufferSetup, Fenced, OutOfOrder
 from cluster.errors import UserError
 from cluster.ledger import Counts
 from cluster.record import Recording, check_speech, groups_dir
+from cluster.watchdog import Pulse, pulse_of
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
