@@ -39,7 +39,8 @@ class WorldConfig:
     distractors: float = 0.25
     """Pages of near-names (same second half), as a share of the entities; no task needs them."""
     shortcut: float = 0.2
-    """How often the start page's `See also` names the answer, so that it can be guessed without evidence."""
+    """How often the start page's `See also` names the answer of the first question about that start (a page has one), so
+    that it can be guessed without evidence."""
     hops: dict[int, float] = field(default_factory=lambda: {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0})
     """Number of steps -> how often, as weights."""
     unanswerable: float = 0.0
