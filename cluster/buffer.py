@@ -151,8 +151,7 @@ class Buffer:
             return
         self._journal = RecordWriter(setup.journal)  # mends what a killed writer left half-written
         moves = [dict(move) for move in RecordReader[Any](setup.journal)]
-        books = [m for m in moves if m["op"] != "order"]
-        self._ledger = Ledger.replayed(episodes, config.max_staleness, books, self._write)
+        self._ledger = Ledger.replayed(episodes, config.max_staleness, moves, self._write)
         self._serial = itertools.count(sum(m["op"] == "admit" for m in moves))
         if moves:
             self._come_back(moves)

@@ -298,6 +298,8 @@ class Ledger:
             self.enter(int(move["step"]), int(move["trained"]), list(move["keep"]))
         elif op == "restore":
             self.restore(move["state"])
+        elif op == "order":
+            pass  # where the order of tasks stands: the buffer's, and no move
         else:
             raise LedgerError(f"unknown move {op!r}")
 

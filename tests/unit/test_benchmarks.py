@@ -94,3 +94,12 @@ def test_rest_is_when_an_actor_is_up_and_peak_is_the_most() -> None:
     sizes = [{"driver": memory.Size(mb, mb)} for mb in (1.0, 5.0, 9.0, 7.0)]
     seen = memory.Watched([0.0, 10.0, 20.0, 30.0], [0, 0, 1, 2], sizes, {"driver": 1}, up_at=10.0, trained_from=20.0)
     assert memory.rest_and_peak(seen)["driver"] == "rest 5, peak 9 (RSS 5, 9)"
+
+
+def test_a_look_sees_processes_steps_and_moments() -> None:
+    seen = memory.Watched()
+    seen.look(os.getpid(), [{"kind": "event", "message": "engines: {}"}, {"kind": "publish", "step": 0}])
+    seen.look(os.getpid(), [{"kind": "train", "step": 3}])
+    assert seen.steps == [0, 3] and seen.up_at == seen.trained_from == seen.times[0]
+    assert seen.sizes[0]["driver"].best > 0 and seen.most["driver"] == 1
+    assert memory.growth(seen, 10, ["driver"]) == {"driver": "too few samples (1)"}
