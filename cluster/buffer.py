@@ -160,9 +160,10 @@ class Buffer:
 
     async def lease(self, worker: str, timeout_s: float = 5.0) -> Lease | None:
         """The next task for `worker`, or None when no episode may start within the time."""
-        began = time.monotonic()
-        deadline = began + timeout_s
+        began = time.time()
+        deadline = time.monotonic() + timeout_s
         async with self._changed:
+            idle = not any(self._leases[i].worker == worker for i in self._ledger.running_leases() if i in self._leases)
             try:
                 while self._closed or self._ledger.held or self._ledger.capacity <= 0:
                     left = deadline - time.monotonic()
@@ -171,7 +172,10 @@ class Buffer:
                 if worker in self._gone:  # a call of a worker that died since: its lease would never end
                     return None
             finally:
-                self._waited_s += time.monotonic() - began
+                waited_s = time.time() - began
+                if idle and waited_s > 0.01:  # with leases under way it waits for more work, not for work
+                    self._waited_s += waited_s
+                    self._span(worker, "wait", began, time.time())
             task = self._next_task()
             lease = Lease(
                 f"{task.id}/{next(self._serial)}", task, self._config.group_size, worker, self._ledger.incarnation, time.time()
