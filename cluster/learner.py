@@ -258,12 +258,16 @@ class Publisher:
 
 def _publish(publisher: Publisher | None, learner: Any, step: int) -> float:
     """Every rank joins the gathering of weights; rank 0 publishes them. Returns the seconds it took."""
+    import torch
+
     began = time.monotonic()
+    # What engines on GPUs hold is bfloat16, and they refuse another type; on CPU both sides are float32.
+    dtype = torch.bfloat16 if learner.model.device.type == "cuda" else None
     if publisher is None:
-        for _ in learner.weights():
+        for _ in learner.weights(dtype):
             pass
     else:
-        publisher.publish(learner.weights(), step)
+        publisher.publish(learner.weights(dtype), step)
     return time.monotonic() - began
 
 

@@ -1,7 +1,8 @@
 """A user's own world, with no code written: a JSONL corpus and JSONL tasks.
 
 A task row: `{"id", "question", "answers": [...] | "answer": "...", "rubrics"?, "nuggets"?, "gold_docs"?, "oracle"?,
-"source"?, "meta"?, "split"?}`. `answers: []` says that the question cannot be answered and a refusal is right.
+"source"?, "meta"?, "split"?}`. `answers: []` says that the question cannot be answered and a refusal is right. Rows of CaRR's
+published file (`input_messages`, `label`, `metadata.remote_env_info`) are read as they are; their id is a digest of the question.
 
 Invariants: each mistake is one line with `file:line` and the field; ids are unique within a world; a field nobody knows
 is refused with the nearest known name, so that a misspelt `answers` never makes a question unanswerable.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -127,6 +129,8 @@ def split_of(task: Task) -> str:
 
 def parse_task(row: Mapping[str, Any], *, source: str = "") -> Task:
     """A row as a Task. Raises TaskError that names the field."""
+    if "input_messages" in row:
+        row = _from_carr(row)
     for name in row:
         if name not in FIELDS:
             near = difflib.get_close_matches(str(name), FIELDS, n=1)
@@ -163,6 +167,24 @@ def parse_task(row: Mapping[str, Any], *, source: str = "") -> Task:
         source=own_source,
         meta=meta,
     )
+
+
+def _from_carr(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of CaRR's file as ours. The question is the one that searches must not leak; messages repeat it with a request."""
+    meta = row.get("metadata")
+    info = meta.get("remote_env_info") if isinstance(meta, dict) else None
+    if not isinstance(info, dict):
+        raise _field("metadata.remote_env_info", "is missing, which a row with 'input_messages' needs")
+    questions = info.get("search_forbidden_strs")
+    if not isinstance(questions, list) or not questions or not isinstance(questions[0], str):
+        raise _field("metadata.remote_env_info.search_forbidden_strs", "does not begin with the question")
+    return {
+        "id": hashlib.blake2b(questions[0].encode(), digest_size=8).hexdigest(),
+        "question": questions[0],
+        "answer": row.get("label"),
+        "rubrics": info.get("rubrics"),
+        "source": row.get("source"),
+    }
 
 
 def _answers(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from agents.learning.learner import Learner
+from agents.learning.model import stack_experts
 
 FORMAT = 1
 MANIFEST, TRAINER, WEIGHTS, EXTRA = "manifest.json", "trainer.pt", "model.safetensors", "extra.json"
@@ -136,7 +137,8 @@ def load_checkpoint(path: str | Path, learner: Learner) -> dict[str, Any]:
     try:
         state = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
         if "model" not in state:
-            state["model"] = {f"hf.{name}": w for name, w in load_file(str(path / WEIGHTS)).items()}
+            weights = stack_experts(load_file(str(path / WEIGHTS)))
+            state["model"] = {f"hf.{name}": w for name, w in weights.items()}
         learner.load_state_dict(state)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -35,7 +35,15 @@ from agents.protocols.base import TokenText, fingerprint
 from agents.text import exact_answer, is_refusal
 from agents.types import Action, ActionKind, Task, ToolCall, ToolEvent
 
-TOOL_NAMES = ("search", "open", "find")
+DIALECTS: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
+    "plain": {"search": ("search", {}), "open": ("open", {}), "find": ("find", {})},
+    "browser": {
+        "browser.search": ("search", {"num": "k"}),
+        "browser.open": ("open", {"id": "doc_id"}),
+        "browser.find": ("find", {}),
+    },
+}
+"""By dialect: what a policy calls a tool, what the sandbox calls it, and arguments that have another name there."""
 
 REQUEST = (
     "Search for evidence, open the documents that matter, and answer only from what you have read. When you are done, "
@@ -59,6 +67,8 @@ class ToolsConfig:
     """What is asked for, placed after the question; empty for a policy that has learned the form."""
     show_tools: bool = True
     """Hand the tools' JSON schemas to the chat template."""
+    dialect: str = "plain"
+    """How tools and their arguments are named: `plain`, or `browser` (CaRR's checkpoints: browser.search with num, ...)."""
     template_options: dict[str, Any] = field(default_factory=dict)
     """Further variables for the chat template, for instance `enable_thinking: false`."""
     strict_think: bool = False
@@ -72,24 +82,30 @@ class ToolsConfig:
     """Tokens that end a turn, beside the template's own and the tokenizer's end-of-sequence token."""
 
 
-def tool_schemas() -> list[dict[str, Any]]:
+def tool_schemas(dialect: str = "plain") -> list[dict[str, Any]]:
     """The three tools as JSON schemas, in the form chat templates expect."""
+    theirs = {
+        ours: (name, {new: old for old, new in renamed.items()}) for name, (ours, renamed) in DIALECTS[dialect].items()
+    }
 
-    def tool(name: str, about: str, required: str, **properties: tuple[str, str]) -> dict[str, Any]:
-        fields = {key: {"type": kind, "description": text} for key, (kind, text) in properties.items()}
-        parameters = {"type": "object", "properties": fields, "required": [required]}
+    def tool(ours: str, about: str, required: str, **properties: tuple[Any, str]) -> dict[str, Any]:
+        name, renamed = theirs[ours]
+        fields = {
+            renamed.get(key, key): {"type": kind, "description": text} for key, (kind, text) in properties.items()
+        }
+        parameters = {"type": "object", "properties": fields, "required": [renamed.get(required, required)]}
         return {"type": "function", "function": {"name": name, "description": about, "parameters": parameters}}
 
+    doc_id: tuple[Any, str] = ("string", "The document's id, as given under URL Source.")
+    page = {"page": ("integer", "Page of a long document, from 1 (optional).")}
+    if dialect == "browser":
+        doc_id, page = (["integer", "string"], "Its number in the latest search, or what URL Source gives."), {}
     return [
         tool(
             "search", "Search the corpus. Returns titles, document ids (as URL Source) and snippets.", "query",
             query=("string", "What to look for."), k=("integer", "Number of results (optional)."),
         ),
-        tool(
-            "open", "Read a document that a search returned.", "doc_id",
-            doc_id=("string", "The document's id, as given under URL Source."),
-            page=("integer", "Page of a long document, from 1 (optional)."),
-        ),
+        tool("open", "Read a document that a search returned.", "doc_id", doc_id=doc_id, **page),
         tool("find", "Find a text in the document opened last.", "pattern", pattern=("string", "Text to find.")),
     ]  # fmt: skip
 
@@ -102,13 +118,17 @@ class Tools(TokenText):
     def __init__(self, tokenizer: Any, config: ToolsConfig | None = None) -> None:
         """Raises ProtocolError when the tokenizer has no usable chat template."""
         self.config = config or ToolsConfig()
+        if self.config.dialect not in DIALECTS:
+            raise ProtocolError(
+                f"protocol.tools.dialect {self.config.dialect!r} is unknown; one of {', '.join(DIALECTS)}"
+            )
         super().__init__(tokenizer, ("<tool_response>", "</tool_response>"))
         if not getattr(tokenizer, "chat_template", None):
             name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
             raise ProtocolError(
                 f"{name} has no chat template; set one in tokenizer_config.json, or use protocol 'tags'"
             )
-        self._tools = tool_schemas() if self.config.show_tools else None
+        self._tools = tool_schemas(self.config.dialect) if self.config.show_tools else None
         self._frames = {
             "tool": _frame(self._render, "tool", self.config.template_options),
             "user": _frame(self._render, "user", self.config.template_options),
@@ -186,7 +206,7 @@ def parse_text(text: str, config: ToolsConfig | None = None, *, opened: bool = T
     if error:
         return _malformed(error, thought)
     if "<tool_call>" in rest or "</tool_call>" in rest:
-        calls, error = _calls(rest, settings.max_calls)
+        calls, error = _calls(rest, settings)
         said = rest.split("<tool_call>", 1)[0].strip()
         return _malformed(error, thought) if error else Action(ActionKind.call, calls, thought or said)
     message = rest.strip()
@@ -282,22 +302,22 @@ def _split_reasoning(text: str, strict: bool, opened_before: bool) -> tuple[str,
     return "", text, "The turn must begin with <think>reasoning</think>." if strict else ""
 
 
-def _calls(text: str, limit: int) -> tuple[tuple[ToolCall, ...], str]:
+def _calls(text: str, settings: ToolsConfig) -> tuple[tuple[ToolCall, ...], str]:
     blocks = re.findall(r"<tool_call>(.*?)</tool_call>", text, flags=re.DOTALL)
     if not blocks or len(blocks) != text.count("<tool_call>") or len(blocks) != text.count("</tool_call>"):
         return (), "A <tool_call> is not closed, or a </tool_call> was not opened."
-    if len(blocks) > limit:
-        return (), f"A turn may hold at most {limit} tool calls, this one holds {len(blocks)}."
+    if len(blocks) > settings.max_calls:
+        return (), f"A turn may hold at most {settings.max_calls} tool calls, this one holds {len(blocks)}."
     calls: list[ToolCall] = []
     for number, block in enumerate(blocks):
-        call = _call(block, number)
+        call = _call(block, number, DIALECTS[settings.dialect])
         if isinstance(call, str):
             return (), call
         calls.append(call)
     return tuple(calls), ""
 
 
-def _call(block: str, number: int) -> ToolCall | str:
+def _call(block: str, number: int, tools: Mapping[str, tuple[str, dict[str, str]]]) -> ToolCall | str:
     """The call in a block, or what is wrong with it. Whether arguments make sense is for the sandbox to say."""
     try:
         value = json.loads(block)
@@ -307,12 +327,14 @@ def _call(block: str, number: int) -> ToolCall | str:
         return 'A tool call must be JSON such as {"name": "search", "arguments": {"query": "..."}}.'
     if not isinstance(value, dict) or not isinstance(arguments, dict):
         return "A tool call must be a JSON object with 'name' and an object 'arguments'."
-    if value.get("name") not in TOOL_NAMES:
-        return f"There is no tool of that name; the tools are {', '.join(TOOL_NAMES)}."
+    name = value.get("name")
+    if not isinstance(name, str) or name not in tools:
+        return f"There is no tool of that name; the tools are {', '.join(tools)}."
     for key, item in arguments.items():
         if not _storable(key) or not _storable(item):
             return "Each argument of a tool call must be a plain text, number, true, false or null, in valid Unicode."
-    return ToolCall(value["name"], arguments, str(number))
+    ours, renamed = tools[name]
+    return ToolCall(ours, {renamed.get(str(key), str(key)): item for key, item in arguments.items()}, str(number))
 
 
 def _storable(value: Any) -> bool:

@@ -109,3 +109,18 @@ def test_splits_by_field_or_by_file(tmp_path: Path) -> None:
     put(tmp_path / "both.jsonl", {**ROW, "split": "dev"})
     with pytest.raises(TaskError, match="split 'dev'; expected 'train' or 'eval'"):
         load_tasks(JsonlWorldConfig(tasks=both))
+
+
+def test_carrs_published_rows_are_read_as_they_are(tmp_path: Path) -> None:
+    info = {"search_forbidden_strs": ["Who was it?"], "rubrics": ["<E0> was there."]}
+    row = {"source": "s", "input_messages": [{"role": "user", "content": "Who was it? Answer so."}], "label": "Ann", "tools": [{}],
+           "metadata": {"remote_env_info": info}}  # fmt: skip
+    (task,) = read_tasks(put(tmp_path / "rl.jsonl", row))
+    assert (task.question, task.answers, task.rubrics, task.source) == (
+        "Who was it?",
+        ("Ann",),
+        ("<E0> was there.",),
+        "s",
+    )
+    with pytest.raises(TaskError, match=r"search_forbidden_strs"):
+        read_tasks(put(tmp_path / "bad.jsonl", {**row, "metadata": {"remote_env_info": {}}}))

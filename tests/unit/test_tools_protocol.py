@@ -281,3 +281,22 @@ def test_reasoning_that_was_never_opened_is_malformed_unless_the_prompt_opened_i
     action = parse_text(text, opened=False)
     assert action.kind is ActionKind.malformed and "never opened" in action.error
     assert parse_text(f"<think>{text}", opened=False).kind is ActionKind.answer
+
+
+def test_tools_can_be_named_as_a_checkpoint_learned_them():
+    config = ToolsConfig(dialect="browser", format_request="")
+    speech = Tools(tokenizer_with(QWEN_STYLE), config)
+    prompt = speech.decode(speech.prompt(Task("t", "Who?")))
+    assert "browser.search" in prompt and '"num"' in prompt and "doc_id" not in prompt
+    calls = [
+        ("browser.search", {"query": "x", "num": 3}),
+        ("browser.open", {"id": 0}),
+        ("browser.find", {"pattern": "y"}),
+    ]
+    text = "".join(call_text(name, **arguments) for name, arguments in calls)
+    assert parse_text(text, config).calls == (
+        ToolCall("search", {"query": "x", "k": 3}, "0"), ToolCall("open", {"doc_id": 0}, "1"), ToolCall("find", {"pattern": "y"}, "2"),
+    )  # fmt: skip
+    assert "browser.search, browser.open" in parse_text(call_text("search", query="x"), config).error
+    with pytest.raises(ProtocolError, match=r"one of plain, browser"):
+        Tools(tokenizer_with(QWEN_STYLE), ToolsConfig(dialect="other"))
