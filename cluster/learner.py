@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from agents.learning.config import LearnerConfig, LoraConfig
 from agents.types import Version
 from cluster.errors import is_expected, one_line
 from cluster.runtime import environment
+from cluster.watchdog import Tally
 
 CALL_S = 900.0
 """Deadline of a call to the buffer or the fleet; they have shorter ones of their own, so this one means that they are gone."""
@@ -281,6 +282,7 @@ class LearnerRun:
         self._setup = setup
         self._run_dir = run_dir
         self._error: BaseException | None = None
+        self._ended = False
         self._thread = threading.Thread(target=self._fit, name="learner", daemon=True)
         self._thread.start()
 
@@ -292,37 +294,48 @@ class LearnerRun:
             raise self._error
         return alive
 
-    def _fit(self) -> None:
-        try:
-            for trainer in self._trainers():
-                result = trainer.fit()
-                self._error = result.error
-                if result.error is None:
-                    return
-        except BaseException as error:
-            self._error = error
+    def end(self) -> None:
+        """No learner is started any more. To be called before Ray ends: Ray Train would start another one."""
+        self._ended = True
 
-    def _trainers(self) -> Iterator[Any]:
+    def _fit(self) -> None:
+        import ray
+
+        deaths = Tally(self._setup.train.max_failures)
+        while True:
+            try:
+                error: BaseException | None = self._trainer().fit().error
+            except ray.exceptions.RayActorError as death:  # of Ray Train's controller: its workers ended with it
+                error = death
+            except BaseException as other:
+                self._error = other
+                return
+            if error is None or self._ended:
+                return
+            if deaths.exceeded():
+                self._error = error
+                return
+
+    def _trainer(self) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         train = self._setup.train
         gpus = {"GPU": train.worker_gpus} if train.worker_gpus else {}
-        for _ in range(train.max_failures + 1):
-            yield TorchTrainer(
-                train_loop,
-                train_loop_config={"setup": self._setup},
-                torch_config=TorchConfig(backend="nccl" if train.worker_gpus else "gloo"),
-                scaling_config=ScalingConfig(
-                    num_workers=train.num_workers,
-                    use_gpu=train.worker_gpus > 0,
-                    resources_per_worker={"CPU": train.worker_cpus, **gpus},
-                ),
-                run_config=RunConfig(
-                    name=f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1_000_000:06d}",
-                    storage_path=str(self._run_dir / "ray_train"),
-                    # The buffer counts learners that begin without a step between them, and stops the run.
-                    failure_config=FailureConfig(max_failures=-1),
-                    worker_runtime_env={"env_vars": environment(self._setup.learner.threads)},
-                ),
-            )
+        return TorchTrainer(
+            train_loop,
+            train_loop_config={"setup": self._setup},
+            torch_config=TorchConfig(backend="nccl" if train.worker_gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=train.num_workers,
+                use_gpu=train.worker_gpus > 0,
+                resources_per_worker={"CPU": train.worker_cpus, **gpus},
+            ),
+            run_config=RunConfig(
+                name=f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1_000_000:06d}",
+                storage_path=str(self._run_dir / "ray_train"),
+                # The buffer counts learners that begin without a step between them, and stops the run.
+                failure_config=FailureConfig(max_failures=-1),
+                worker_runtime_env={"env_vars": environment(self._setup.learner.threads)},
+            ),
+        )

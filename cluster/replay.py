@@ -322,6 +322,7 @@ def run_replay(config: RunConfig) -> dict[str, Any]:
             learner = LearnerRun(
                 Setup(model, train, config.learner, staff.buffer, None, "", str(folder.checkpoints)), folder.path
             )
+            stack.callback(learner.end)
             watch(staff, learner, teller, config.watch, train.batch_timeout_s)
         summary = {
             "name": config.name, "steps": teller.step, "sampled_tokens": sampled_tokens(folder), "seconds": teller.seconds,
