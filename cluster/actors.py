@@ -50,11 +50,13 @@ class Actors:
         self.reward = actor(RewardServer, **LASTING).remote(config.reward, config.judge)
         state = str(Path(segments) / "published.json") if segments else ""
         self.fleet = actor(Fleet, **LASTING).remote(config.fleet, engine, state)
-        self.engine_pids: dict[str, list[int]] = self._up("the fleet", self.fleet.start)
-        self.info: BackendInfo = self._up("retrieval", self.retrieval.ready)[1]
-        self._up("the reward", self.reward.ready)
-        for worker in [self._new_worker() for _ in range(config.rollout.workers)]:
-            self._up("a rollout worker", worker.ready)
+        starting = self.fleet.start.remote()  # takes longest, so the others come up meanwhile
+        self.info: BackendInfo = self._up("retrieval", self.retrieval.ready.remote())[1]
+        workers = [self._new_worker().ready.remote() for _ in range(config.rollout.workers)]
+        self._up("the reward", self.reward.ready.remote())
+        self.engine_pids: dict[str, list[int]] = self._up("the fleet", starting)
+        for ready in workers:
+            self._up("a rollout worker", ready)
         self._events = Poll(self.fleet.events.remote)
         self.load = Poll(self.fleet.load.remote)
         """How busy the engines were since the last answer."""
@@ -64,7 +66,7 @@ class Actors:
     def open_buffer(self, setup: BufferSetup) -> None:
         """The ledger, and with it the rollouts, which start as soon as there is room."""
         self.buffer = actor(Buffer, **LASTING).remote(setup)
-        self._up("the buffer", self.buffer.counts)
+        self._up("the buffer", self.buffer.counts.remote())
         self.watchdog.watch("buffer", self.buffer)
         for worker in self._workers.values():
             worker.run.remote(self.buffer)
@@ -106,7 +108,7 @@ class Actors:
         """What an actor says when it has come up. Raises UserError when it does not."""
         limit_s = self._config.watch.start_s
         try:
-            return ray.get(ready.remote(), timeout=limit_s)
+            return ray.get(ready, timeout=limit_s)
         except ray.exceptions.GetTimeoutError:
             raise UserError(
                 f"{what} did not come up within {limit_s:g} s; look at the cluster's dashboard for what it waits for, or raise watch.start_s"

@@ -152,9 +152,14 @@ class Fleet:
         """Starts all engines; returns their pids by name. Raises EngineError of the first that cannot start."""
         self._began = True
         fresh = [self._create() for _ in range(self._config.num_engines)]
-        for engine in fresh:  # one after another: start-up is bound by the processor
-            engine.pids = await self._started(engine)
-            engine.live = True
+        room = asyncio.Semaphore(os.cpu_count() or 1)  # most of a start is one thread that imports
+
+        async def bring_up(engine: _Engine) -> None:
+            async with room:
+                engine.pids = await self._started(engine)
+                engine.live = True
+
+        await asyncio.gather(*(bring_up(engine) for engine in fresh))
         self._watch = asyncio.create_task(self._watch_health())
         return {e.name: e.pids for e in fresh}
 

@@ -1,10 +1,11 @@
 """Any actor of a run may die at any time: one run in which one after another does, and the run that goes on from it.
 
 Two engines and two rollout workers, so that there is always somebody left to go on while a successor comes up. After each death
-the run takes more optimiser steps than were under way, which new rollouts alone can feed. At last the driver dies, and all it had
-started must be gone. `resume=auto` finishes the run, past a checkpoint that was damaged meanwhile, without staleness: there
-every trained token carries the learner's version, and sampler and learner must agree about its probability. In the end the
-journal proves, move by move, that relative to the restored weights nothing was trained twice (`tests/books.py`).
+the run takes more optimiser steps than were under way, which new rollouts alone can feed. The run is synchronous: every trained
+token carries the learner's version, and a successor that held other weights than the learner would be seen by their
+probabilities. At last the driver dies, and all it had started must be gone. `resume=auto` finishes the run, past a checkpoint that
+was damaged meanwhile, and asynchronously. In the end the journal proves, move by move, that relative to the restored weights
+nothing was trained twice (`tests/books.py`).
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ from tests.runs import (
 )
 
 RUN = (
-    "train", "configs/demo.yaml", "name=kill", "resume=auto", *SMALL, "rollout.workers=2", "train.checkpoint_every=3",
-    "learner.lr=1e-5", "train.keep_checkpoints=3", "train.verify_every=1", "watch.silent_s=4", "watch.replace_s=8",
+    "train", "configs/demo.yaml", "name=kill", "resume=auto", *SMALL, "train.checkpoint_every=3",
+    "learner.lr=1e-5", "train.keep_checkpoints=3", "train.verify_every=1", "watch.silent_s=3", "watch.replace_s=6",
 )  # fmt: skip
-STEPS = 4
-"""Optimiser steps after a death: with `max_staleness=1`, two batches may have been rolled out before it."""
+SYNCHRONOUS, ASYNCHRONOUS = "buffer.max_staleness=0", "buffer.max_staleness=1"
+STEPS = 2
+"""Optimiser steps after a death: only the first can be of episodes that were rolled out before it."""
 
 
 @dataclass
@@ -63,9 +65,9 @@ class Killed:
     def until(self, what: Any, timeout_s: float = 240) -> Any:
         return wait_for(what, self.process, self.log, timeout_s)
 
-    def says(self, pattern: str, timeout_s: float = 240) -> None:
+    def says(self, pattern: str) -> None:
         """Waits for an event like `pattern`."""
-        self.until(lambda: any(re.search(pattern, line) for line in events(self.run_dir)), timeout_s)
+        self.until(lambda: any(re.search(pattern, line) for line in events(self.run_dir)))
 
     def goes_on(self, steps: int = STEPS) -> None:
         """Waits until that many optimiser steps were taken from now on."""
@@ -79,7 +81,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a run whose every actor was killed, and at last its driver."""
     storage = tmp_path_factory.mktemp("matrix")
     run_dir, log = storage / "kill", storage / "log"
-    with gumshoe(*RUN, f"storage_path={storage}", "fleet.num_engines=2", "train.steps=1000", log=log) as process:
+    more = (f"storage_path={storage}", "fleet.num_engines=2", "rollout.workers=2", "train.steps=1000", SYNCHRONOUS)
+    with gumshoe(*RUN, *more, log=log) as process:
         run = Killed(process, run_dir, log)
         run.until(lambda: rows(run_dir, "train"), 400)
         run.kill("sampler")
@@ -116,38 +119,32 @@ def test_every_death_is_told_and_the_books_balance(killed):
     for pattern in (r"sampler-\d+ was fenced", r"rollout-\d died with \d+ leases", r"reward died", r"retrieval died"):
         assert re.search(pattern, said), f"nothing says {pattern!r}:\n{said}"
     trained = rows(killed, "train")
-    assert all(balanced(r) for r in trained)
+    assert all(balanced(r) and r["staleness/max"] == 0 for r in trained)
+    assert all(r["mismatch/kl_k3"] < 1e-6 for r in trained), "a sampler held other weights than the learner"
     books = replayed(journal(killed / "ledger.jsonl"))
     assert books.restores >= 1
-    dropped = {place for place in books.counts() if place.startswith("dropped")}
-    assert {"dropped: worker_lost", "dropped: buffer_lost"} <= dropped, books.counts()
+    assert books.counts().get("dropped: worker_lost"), "the stopped worker held leases for sure"
     assert_rows_stand_in_the_journal(killed)
 
 
 def test_it_is_resumed_past_a_damaged_checkpoint_and_ends(killed):
-    """Without staleness; on the way a rollout worker and its only engine die at once."""
+    """Asynchronously, and on fewer actors."""
     saved = sorted((killed / "checkpoints").glob("step-*"))
     weights = saved[-1] / "model.safetensors"
     whole = bytearray(weights.read_bytes())
     whole[len(whole) // 2] ^= 1
     weights.write_bytes(whole)
     learners = replayed(journal(killed / "ledger.jsonl")).incarnation + 1
-    steps = int(saved[-2].name.removeprefix("step-")) + 8
+    steps = int(saved[-2].name.removeprefix("step-")) + 6
     log = killed.parent / "log-resumed"
-    resumed = (f"storage_path={killed.parent}", f"train.steps={steps}", "buffer.max_staleness=0")
+    resumed = (f"storage_path={killed.parent}", f"train.steps={steps}", ASYNCHRONOUS)
     with gumshoe(*RUN, *resumed, log=log) as process:
-        run = Killed(process, killed, log)
-        run.says(f"learner {learners} begins", 400)
-        run.goes_on(2)
-        run.kill("rollout")
-        run.kill("sampler")
-        output = finished(process, log, 300)
+        output = finished(process, log, 400)
     assert saved[-1].name in output and "damaged" in output
     assert (saved[-1].parent / f"damaged-{saved[-1].name}").is_dir()
     after = rows_since(killed, f"learner {learners} begins")
-    assert [r["step"] for r in after] == list(range(steps - 7, steps + 1)), "it went on from the checkpoint before"
-    assert all(r["staleness/max"] == 0 and balanced(r) for r in after)
-    assert all(r["mismatch/kl_k3"] < 1e-6 for r in after), "the samplers held other weights than the learner"
+    assert [r["step"] for r in after] == list(range(steps - 5, steps + 1)), "it went on from the checkpoint before"
+    assert all(r["staleness/max"] <= 1 and balanced(r) for r in after) and any(r["staleness/max"] for r in after)
     summary = json.loads((killed / "summary.json").read_text())
     assert summary["steps"] == steps and Path(summary["checkpoint"]).name == f"step-{steps:06d}"
     books = replayed(journal(killed / "ledger.jsonl"))
