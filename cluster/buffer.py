@@ -240,6 +240,10 @@ class Buffer:
         ready; no lease may start before its weights are published; results of earlier leases are refused.
         """
         async with self._changed:
+            if saved and "ledger" not in saved:
+                raise RecordError(
+                    "the checkpoint is of a replay; start a live run under another name= (model.path: its weights)"
+                )
             ledger = saved["ledger"] if saved else {"version": 0, "trained": 0}
             step, trained = int(ledger["version"]), int(ledger["trained"])
             if saved and (step > self._ledger.step or trained > self._ledger.trained):
