@@ -74,6 +74,10 @@ class RecordWriter:
                 self._raw.truncate(start)
             raise
 
+    def sync(self) -> None:
+        """Returns when what was written is on the disk, also for a machine that loses its power now."""
+        os.fsync(self._raw.fileno())
+
     def close(self) -> None:
         try:
             if self._gzip is not None:

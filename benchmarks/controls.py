@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ POLICY = "envs/world/policy"
 RATES = (6.0e-4, 1.5e-3)
 """Peaks of the warm-up's last two stages."""
 FINAL_RATE = 2.0e-5
-RATE_SEED, RATE_SECONDS = 7, 300.0
+RATE_STUDY, RATE_SEED, RATE_SECONDS = "controls_rate", 7, 300.0
 """The trial of rates: its seed, and about as long as the demo trains."""
 
 
@@ -108,6 +108,15 @@ def rft(lab: Lab, name: str, seed: int, seconds: float, given: Sequence[str]) ->
     )  # fmt: skip
 
 
+def again_for(again: Sequence[str] | None, arms: Collection[str]) -> list[str] | None:
+    """What `--again` means to a study of `arms`: the trial's arms are run again by name, with `sft`, and with all."""
+    if again is None or not again:
+        return None if again is None else []
+    if "sft" in again and "sft" not in arms:
+        return []
+    return [name for name in again if name in arms or not (name in ARMS or name.startswith("sft-"))] or None
+
+
 def better_rate(lab: Lab, given: argparse.Namespace) -> tuple[float, dict[str, Any]]:
     """The rate whose trial ended with more success, and what both reached. A study of its own: `controls_rate`."""
     if RATE_SEED in given.seeds:
@@ -118,7 +127,7 @@ def better_rate(lab: Lab, given: argparse.Namespace) -> tuple[float, dict[str, A
         name: lambda seed, name=name, rate=rate: sft(lab, f"rate-{name}", seed, seconds, rate, given.set)
         for name, rate in names.items()
     }
-    trial = Study("controls_rate", arms, [RATE_SEED], results=given.results, lab=lab)
+    trial = Study(RATE_STUDY, arms, [RATE_SEED], again=again_for(given.again, names), results=given.results, lab=lab)
     table = trial.run()
     if trial.failed:
         raise StudyError(f"the trial of learning rates failed: {'; '.join(trial.failed.values())}")
@@ -178,7 +187,7 @@ def study(given: argparse.Namespace) -> int:
         "sft": lambda seed: sft(lab, f"controls-sft-seed{seed}", seed, seconds(seed), rate, given.set),
         "rft": lambda seed: rft(lab, f"controls-rft-seed{seed}", seed, seconds(seed), given.set),
     }
-    made = Study("controls", arms, given.seeds, again=given.again, results=given.results, lab=lab)
+    made = Study("controls", arms, given.seeds, again=again_for(given.again, ARMS), results=given.results, lab=lab)
     table = made.run()
     seeds = made.complete(table)
     if not seeds:

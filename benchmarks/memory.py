@@ -7,7 +7,8 @@ Three parts:
 - replay: 1,000 steps trained from those recorded groups; the same question, with nothing else in the way.
 
 Invariants: sizes are PSS where the kernel tells it (memory shared by n processes counts 1/n in each, so that the sum is what the
-machine lost), else RSS; growth is a slope with its 95 % interval, from means of blocks, since neighbouring samples are alike.
+machine lost), else RSS; growth is a slope with its 95 % interval, from means of blocks, since neighbouring samples are alike, and `flat` is said of
+an interval that ends below 1 MiB (or 1 % of the process) per 1,000 steps, not of one that merely holds 0.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from tests.runs import SMALL, Tail, below, gumshoe  # noqa: E402
 
 EVERY_S = 1.0
 BLOCKS = 16
+FLAT_MIB, FLAT_SHARE = 1.0, 0.01
+"""Growth per 1,000 steps that still counts as none: so many MiB, or this share of the process."""
 ROLES = (
     ("engine core", r"VLLM|EngineCore"), ("sampler", r"ray::Sampler"), ("fleet", r"ray::Fleet"), ("buffer", r"ray::(Buffer|Replay)"),
     ("rollout worker", r"ray::RolloutWorker"), ("retrieval", r"ray::Retrieval"), ("reward", r"ray::RewardServer"),
@@ -160,8 +163,15 @@ def slope(steps: Sequence[float], values: Sequence[float], blocks: int = BLOCKS)
     return rate, rate - quantile * error, rate + quantile * error
 
 
+def verdict(low: float, high: float, size_mib: float) -> str:
+    """In a word, from the interval of the slope: `flat` only when no more than a little growth is possible."""
+    if high < max(FLAT_MIB, FLAT_SHARE * size_mib):
+        return "flat"
+    return "grows" if low > 0 else "unknown"  # an interval that is too wide, or none
+
+
 def growth(seen: Watched, total: int, names: Sequence[str]) -> dict[str, Any]:
-    """Per role: MiB per 1,000 steps over the last four fifths of the run, and whether that is within noise."""
+    """Per role: MiB per 1,000 steps over the last four fifths of the run, and the verdict on it."""
     table: dict[str, Any] = {}
     for name in names:
         points = [
@@ -174,9 +184,8 @@ def growth(seen: Watched, total: int, names: Sequence[str]) -> dict[str, Any]:
             continue
         rate, low, high = slope([p[0] for p in points], [p[1] for p in points])
         first, last = points[0][1], points[-1][1]
-        flat = "flat" if low <= 0 <= high or high < 0 else "grows"
         table[name] = (
-            f"{rate:+.2f} MiB per 1,000 steps [{low:+.2f}, {high:+.2f}], {first:.1f} -> {last:.1f} MiB: {flat}"
+            f"{rate:+.2f} MiB per 1,000 steps [{low:+.2f}, {high:+.2f}], {first:.1f} -> {last:.1f} MiB: {verdict(low, high, first)}"
         )
     return table
 

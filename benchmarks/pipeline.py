@@ -5,10 +5,11 @@ Three parts, all with the demo's tiny policy and one thread per process:
   in one process. Goal: at least 0.8.
 - learner: tokens per second of `Learner.step` over a step written by hand in plain PyTorch. Goal: at least 0.85.
 - latency: wall time per optimiser step of the demo's pipeline, `max_staleness` 1 over 0, when every retrieval request waits
-  0, 50 or 200 ms.
+  0, 50 or 200 ms. A side is one run, so its spread is over that run's steps.
 
-Invariants: both sides of a ratio get the same token ids, lengths and settings, are warmed up alike and take turns; a ratio is
-of medians. The work is what the policy was taught to do in the demo's worlds, turn by turn, so its lengths are the demo's.
+Invariants: both sides of a ratio get the same token ids, lengths and settings, are warmed up alike and take turns (for
+latency: who comes first changes from one latency to the next); a ratio is of medians, that of latency with its 95 %
+interval. The work is what the policy was taught to do in the demo's worlds, turn by turn, so its lengths are the demo's.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks.results_file import write_result  # noqa: E402
 from benchmarks.work import POLICY, Request, episodes, learner_samples, long_turns, spread, turn_by_turn  # noqa: E402
+from cluster.runlog import read_metrics  # noqa: E402
 
 CONCURRENT = 96
 """Sequences in flight: the demo's 12 groups of 8."""
@@ -284,33 +286,40 @@ def train_rows(storage: Path, name: str, changes: Sequence[str]) -> list[dict[st
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"run {name} ended with {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
-    lines = (storage / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == "train"]
+    return [row for row in read_metrics(storage / name) if row["kind"] == "train"]
 
 
 def measure_latency(steps: int = 14, dropped: int = 4, latencies_ms: Sequence[int] = LATENCIES_MS) -> dict[str, Any]:
     figures: dict[str, Any] = {"latency: steps measured": steps - dropped}
     with tempfile.TemporaryDirectory(prefix="gumshoe-bench-") as folder:
+        sides = [("synchronous", 0), ("asynchronous", 1)]
         for ms in latencies_ms:
             seconds = {}
-            for kind, staleness in (("synchronous", 0), ("asynchronous", 1)):
+            for kind, staleness in sides:
                 # lr=0: every run samples the same policy, so that all have the same lengths to play
                 changes = [
                     f"buffer.max_staleness={staleness}", f"service.extra_latency_ms={ms}", f"train.steps={steps}", "learner.lr=0.0",
                 ]  # fmt: skip
                 rows = train_rows(Path(folder), f"{kind}-{ms}", changes)[dropped:]
                 seconds[kind] = [row["time/step_s"] for row in rows]
-                figures[f"latency {ms} ms: {kind}, s per step"] = {
-                    "mean": round(float(np.mean(seconds[kind])), 3),
-                    **spread(seconds[kind]),
-                }
+                figures[f"latency {ms} ms: {kind}, s per step"] = spread(seconds[kind])
                 figures[f"latency {ms} ms: {kind}, tokens per step"] = round(
                     float(np.mean([r["episodes"] * r["episode/tokens"] for r in rows]))
                 )
-            figures[f"latency {ms} ms: asynchronous over synchronous"] = round(
-                float(np.mean(seconds["asynchronous"]) / np.mean(seconds["synchronous"])), 3
+            figures[f"latency {ms} ms: asynchronous over synchronous"] = ratio(
+                seconds["asynchronous"], seconds["synchronous"]
             )
+            sides.reverse()
     return figures
+
+
+def ratio(above: Sequence[float], below: Sequence[float], draws: int = 10_000) -> dict[str, float]:
+    """Of medians, with a 95 % bootstrap interval over the steps of both sides."""
+    rng = np.random.default_rng(0)
+    drawn = [np.median(rng.choice(np.asarray(side), (draws, len(side))), axis=1) for side in (above, below)]
+    low, high = np.percentile(drawn[0] / drawn[1], [2.5, 97.5])
+    made = {"median": np.median(above) / np.median(below), "low": low, "high": high}
+    return {name: round(float(value), 3) for name, value in made.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- main

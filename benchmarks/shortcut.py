@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ PARTS = {
     "outcome": "success", "identified": "|R_identify|", "supported": "|R_support|", "connected": "|R_connect|",
     "cited_pages": "cited pages", "tool_calls": "tool calls",
 }  # fmt: skip
-CLAIM = "connected"
+CLAIM, CLAIM_SEEDS = "connected", (0, 1, 2)
 SHARE = 0.7
 """Of the first questions about a start, in `configs/shortcut.yaml`."""
 
@@ -85,11 +86,20 @@ def summary(table: Table, seeds: list[int], given: list[str]) -> dict[str, Any]:
         ]
         for part in PARTS
     }
-    figures["claim"] = "difference in mean |R_connect| above 0, 95 % interval, in every seed"
-    figures["holds"] = all(low > 0 for _, low, _ in figures["difference"][CLAIM])
+    figures["claim"] = "difference in mean |R_connect| above 0, 95 % interval, in each of the seeds 0, 1, 2"
+    figures["holds"] = verdict(seeds, figures["difference"][CLAIM])
     figures["steps"] = {arm: [table[arm, s]["steps"] for s in seeds] for arm in ARMS}
-    figures["training_s"] = {arm: [table[arm, s]["seconds"]["training"] for s in seeds] for arm in ARMS}
+    figures["training_s"] = {arm: [table[arm, s]["training_s"] for s in seeds] for arm in ARMS}
     return figures
+
+
+def verdict(seeds: Sequence[int], found: Sequence[Sequence[float]]) -> bool | str:
+    """Whether the claim holds, from the interval (mean, low, high) of each seed; undecided while one of its seeds is missing."""
+    low = {seed: interval[1] for seed, interval in zip(seeds, found, strict=True)}
+    missing = [str(seed) for seed in CLAIM_SEEDS if seed not in low]
+    if missing:
+        return f"not decided: seed {', '.join(missing)} missing"
+    return all(low[seed] > 0 for seed in CLAIM_SEEDS)
 
 
 def _without_evidence(tables: list[Any], easy: list[dict[str, bool]]) -> dict[str, list[float]]:
@@ -154,7 +164,7 @@ def study(given: argparse.Namespace) -> int:
             print(
                 f"{title:<14} seed {s}: c_grpo {mine:.3f}  grpo {theirs:.3f}  difference {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
             )
-    print(f"{figures['claim']}: {'holds' if figures['holds'] else 'does not hold'}")
+    print(f"{figures['claim']}: {({True: 'holds', False: 'does not hold'}).get(figures['holds'], figures['holds'])}")
     return made.close(figures, draw(table, figures))
 
 

@@ -33,6 +33,7 @@ import numpy as np  # noqa: E402
 from agents.recordfile import read_records  # noqa: E402
 from agents.types import Group  # noqa: E402
 from benchmarks.results_file import RESULTS, about, write_json  # noqa: E402
+from cluster.runlog import read_metrics  # noqa: E402
 
 NOT_IN_HASH = ("name", "storage_path", "resume", "record", "ray.", "watch.")
 """Keys a result does not depend on."""
@@ -337,7 +338,7 @@ def episodes(path: Path) -> dict[str, list[Any]]:
 def run_figures(folder: Path) -> dict[str, Any]:
     """What studies keep of a training run."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_metrics(folder)  # a kill may have torn a line
     train = [r for r in rows if r["kind"] == "train"]
     # Every start of a run says which engines it has. Of a run that was stopped the summary knows the last part's seconds only.
     starts = sum(r["kind"] == "event" and str(r.get("message", "")).startswith("engines:") for r in rows)

@@ -19,7 +19,7 @@ import ray
 
 from agents.types import BackendInfo, Group, Task, Version
 from cluster.buffer import Buffer, BufferSetup
-from cluster.errors import UserError
+from cluster.errors import UserError, one_line
 from cluster.fleet import Fleet
 from cluster.rollout import Play, RolloutWorker
 from cluster.runtime import actor
@@ -51,12 +51,12 @@ class Actors:
         state = str(Path(segments) / "published.json") if segments else ""
         self.fleet = actor(Fleet, **LASTING).remote(config.fleet, engine, state)
         starting = self.fleet.start.remote()  # takes longest, so the others come up meanwhile
-        self.info: BackendInfo = self._up("retrieval", self.retrieval.ready.remote())[1]
+        self.info: BackendInfo = self.up("retrieval", self.retrieval.ready.remote())[1]
         workers = [self._new_worker().ready.remote() for _ in range(config.rollout.workers)]
-        self._up("the reward", self.reward.ready.remote())
-        self.engine_pids: dict[str, list[int]] = self._up("the fleet", starting)
+        self.up("the reward", self.reward.ready.remote())
+        self.engine_pids: dict[str, list[int]] = self.up("the fleet", starting)
         for ready in workers:
-            self._up("a rollout worker", ready)
+            self.up("a rollout worker", ready)
         self._events = Poll(self.fleet.events.remote)
         self.load = Poll(self.fleet.load.remote)
         """How busy the engines were since the last answer."""
@@ -66,7 +66,7 @@ class Actors:
     def open_buffer(self, setup: BufferSetup) -> None:
         """The ledger, and with it the rollouts, which start as soon as there is room."""
         self.buffer = actor(Buffer, **LASTING).remote(setup)
-        self._up("the buffer", self.buffer.counts.remote())
+        self.up("the buffer", self.buffer.counts.remote())
         self.watchdog.watch("buffer", self.buffer)
         for worker in self._workers.values():
             worker.run.remote(self.buffer)
@@ -104,11 +104,13 @@ class Actors:
                 with contextlib.suppress(Exception):
                     ray.kill(handle)
 
-    def _up(self, what: str, ready: Any) -> Any:
+    def up(self, what: str, ready: Any) -> Any:
         """What an actor says when it has come up. Raises UserError when it does not."""
         limit_s = self._config.watch.start_s
         try:
             return ray.get(ready, timeout=limit_s)
+        except ray.exceptions.RayActorError as error:
+            raise UserError(f"{what} did not come up: {one_line(error)[:300]}") from error
         except ray.exceptions.GetTimeoutError:
             raise UserError(
                 f"{what} did not come up within {limit_s:g} s; look at the cluster's dashboard for what it waits for, or raise watch.start_s"
@@ -122,7 +124,8 @@ class Actors:
         return made
 
     def _replace(self, name: str, reason: str) -> str:
-        self._workers.pop(name)
+        with contextlib.suppress(Exception):
+            ray.kill(self._workers.pop(name))  # it may only seem dead, and nobody listens to it any more
         if self._replaced.exceeded():
             raise UserError(
                 f"rollout workers died {self._replaced.count} times within an hour, the last with: {reason}"

@@ -17,7 +17,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,12 @@ from agents.curriculum import CURRICULA, Curriculum
 from agents.recordfile import RecordReader, RecordWriter, read_records
 from agents.types import Group, RecordError, Task
 from cluster.batch import Batch, make_batch
-from cluster.ledger import Counts, Ledger
+from cluster.errors import Fenced
+from cluster.ledger import RUN_ENDED, Counts, Ledger, LedgerError
 from cluster.watchdog import Pulse, pulse_of
 
+NOBODYS_FAULT = frozenset({"worker_lost", "lineage", "lease_lost"})
+"""Reasons that say nothing about the task, nor about infrastructure that fails every time."""
 ROWS_AGAIN = 20
 """Steps whose rows a buffer that came back tells once more; the driver knows which it has."""
 
@@ -48,6 +51,8 @@ class BufferConfig:
     """Attempts at each task."""
     max_retries: int = 2
     """How often a task is leased again after infrastructure lost it."""
+    lease_timeout_s: float = 14400.0
+    """A lease that was not delivered after so long is given up: its answer got lost."""
     max_failures_in_a_row: int = 50
     """Leases that infrastructure may lose one after the other before the run stops with the cause."""
 
@@ -102,10 +107,6 @@ class OutOfOrder(RuntimeError):
     """The run cannot go on; the message is one line that says why."""
 
 
-class Fenced(RuntimeError):
-    """A call of a learner that another one has replaced, or that must begin again."""
-
-
 class Buffer:
     """See the module. Methods are coroutines where they wait; wrap with `ray.remote` to host it."""
 
@@ -129,6 +130,7 @@ class Buffer:
         self._fatal = ""
         self._waited_s = 0.0
         self._learner: Any = None
+        self._lost_batch: list[Task] = []
         self._lost_stats: Mapping[str, float] = {}
         """Of the batch that the learner held when this process's predecessor died."""
         self._saved_step = 0
@@ -145,21 +147,37 @@ class Buffer:
         self._initial = self._order()
         self._journal: RecordWriter | None = None
         self._reborn = False
+        self._serial = itertools.count()
         if not setup.journal:
             self._ledger = Ledger(episodes, config.max_staleness)
-            self._serial = itertools.count()
             return
-        self._journal = RecordWriter(setup.journal)  # mends what a killed writer left half-written
-        moves = [dict(move) for move in RecordReader[Any](setup.journal)]
-        self._ledger = Ledger.replayed(episodes, config.max_staleness, moves, self._write)
-        self._serial = itertools.count(sum(m["op"] == "admit" for m in moves))
-        if moves:
-            self._come_back(moves)
+        self._open_journal(Path(setup.journal), episodes)
+
+    def _open_journal(self, path: Path, episodes: int) -> None:
+        """Opens it, and comes back from what it holds. One that cannot be followed steps aside: checkpoints have the books too."""
+        seen = _Seen()
+        try:
+            self._journal = RecordWriter(path)  # mends what a killed writer left half-written
+            self._ledger = Ledger.replayed(episodes, self._config.max_staleness, seen.all(path), self._write)
+        except (RecordError, LedgerError) as error:
+            aside = path.with_name(f"damaged-{int(time.time())}-{path.name}")
+            path.rename(aside)
+            self._journal = RecordWriter(path)
+            self._ledger = Ledger(episodes, self._config.max_staleness, self._write)
+            self._serial = itertools.count(int(time.time()))  # no lease of before has such a number
+            self._say(f"the journal was set aside as {aside.name}, the books go on from the checkpoint: {error}")
+            return
+        self._serial = itertools.count(seen.leases)
+        if seen.moves:
+            self._come_back(seen)
 
     # -------------------------------------------------------------------------------------------- rollout side
 
     async def lease(self, worker: str, timeout_s: float = 5.0) -> Lease | None:
         """The next task for `worker`, or None when no episode may start within the time."""
+        if self._closed or worker in self._gone:
+            await asyncio.sleep(timeout_s)  # else the worker would ask again at once, for ever
+            return None
         began = time.time()
         deadline = time.monotonic() + timeout_s
         async with self._changed:
@@ -204,6 +222,7 @@ class Buffer:
                 self._note_failure(_cause(groups))
             else:
                 self._failed_in_a_row = 0
+                self._retries.pop(lease.task.id, None)
                 self._ledger.finish(lease_id)
                 self._groups[lease_id] = tuple(groups)
             self._changed.notify_all()
@@ -215,7 +234,8 @@ class Buffer:
             if not self._ledger.is_running(lease_id):
                 return False
             self._drop_running(lease_id, reason)
-            self._note_failure(reason)
+            if reason not in NOBODYS_FAULT:
+                self._note_failure(reason)
             self._changed.notify_all()
             return True
 
@@ -240,6 +260,12 @@ class Buffer:
         ready; no lease may start before its weights are published; results of earlier leases are refused.
         """
         async with self._changed:
+            self._learners_in_a_row += 1
+            if self._learners_in_a_row > self._setup.max_learner_failures:
+                self._fatal = self._fatal or (
+                    f"{self._learners_in_a_row - 1} learners ended one after the other without an optimiser step; "
+                    "their errors stand in Ray's logs of the workers (ray_train/ of the run, and the console with ray.log_to_driver=true)"
+                )
             if saved and "ledger" not in saved:
                 raise RecordError(
                     "the checkpoint is of a replay; start a live run under another name= (model.path: its weights)"
@@ -249,7 +275,7 @@ class Buffer:
             if saved and (step > self._ledger.step or trained > self._ledger.trained):
                 self._ledger.restore(ledger)  # the journal is gone, or of another run
             before = self._ledger.step
-            at_hand = [*self._ledger.recent_leases(), *self._ledger.batch_leases(), *self._ledger.ready_leases()]
+            at_hand = [*self._ledger.recent_leases(step), *self._ledger.batch_leases(), *self._ledger.ready_leases()]
             keep = [i for i in at_hand if i in self._groups and self._may_train(self._groups[i], step)]
             self._ledger.enter(step, trained, keep)
             self._groups = {i: self._groups[i] for i in keep}
@@ -265,12 +291,6 @@ class Buffer:
                 self._say(
                     f"learner {number} begins at step {step} (the one before was at {before}); "
                     f"{len(keep)} groups return to ready, the rest since is dropped as lineage"
-                )
-            self._learners_in_a_row += 1
-            if self._learners_in_a_row > self._setup.max_learner_failures:
-                self._fatal = self._fatal or (
-                    f"{self._learners_in_a_row - 1} learners ended one after the other without an optimiser step; "
-                    "their errors stand in the logs/ folder of the run"
                 )
             self._changed.notify_all()
             return number
@@ -289,7 +309,9 @@ class Buffer:
                     if world_size > 1:  # another rank may hold the batch that was lost here
                         raise Fenced(f"batch {step} was lost with the buffer while it was handed out")
                     self._ledger.lose("buffer_lost", ["in_batch"])
+                    self._again.extend(self._lost_batch)
                 self._drop_stale()
+                self._drop_lost()
                 ready = self._ledger.ready_leases()
                 if len(ready) >= self._config.groups_per_batch:
                     self._batch = self._ship(ready[: self._config.groups_per_batch], world_size)
@@ -312,6 +334,7 @@ class Buffer:
             now = time.time()
             stats = self._batch.stats if self._batch is not None else self._lost_stats
             whole = {"kind": "train", "step": step + 1, "time": now, **stats, "rollout/wait_s": self._waited_s, **row}
+            whole["incarnation"] = float(incarnation)
             self._waited_s = 0.0
             leases = self._ledger.batch_leases()
             whole.update(self._ledger_row(settled=True))
@@ -349,6 +372,8 @@ class Buffer:
         async with self._changed:
             self._fence(incarnation)
             self._ledger.checkpointed(step)
+            if self._journal is not None:
+                self._journal.sync()  # the checkpoint is on the disk, so its books must be
             self._saved_step = step
             held = {*self._ledger.running_leases(), *self._ledger.ready_leases(), *self._ledger.batch_leases()}
             held.update(self._ledger.recent_leases())
@@ -440,23 +465,22 @@ class Buffer:
         if incarnation != self._ledger.incarnation:
             raise Fenced(f"learner {incarnation} was replaced by learner {self._ledger.incarnation}")
 
-    def _come_back(self, moves: Sequence[Mapping[str, Any]]) -> None:
+    def _come_back(self, seen: _Seen) -> None:
         """After a death of the process: the books are exact, what it held is gone."""
         books = self._ledger
-        tasks = {m["lease"]: m["task"] for m in moves if m["op"] == "admit"}
         lost = len(books.running_leases()) + len(books.ready_leases())
-        books.lose("buffer_lost")
-        last = max((i for i, m in enumerate(moves) if m["op"] == "order"), default=-1)
-        have = [tasks[i] for i in books.batch_leases()]
-        self._set_order(moves[last] if last >= 0 else self._initial, have)
+        if lost:
+            books.lose("buffer_lost")
+        self._lost_batch = [self._curriculum.task(seen.tasks[i]) for i in books.batch_leases()]
+        self._set_order(seen.order or self._initial, [task.id for task in self._lost_batch])
+        self._lost_stats = seen.stats
         self._reborn = True
         self._since = time.time()
+        if books.incarnation >= 0:  # the driver may not have fetched these
+            began = {"kind": "fence", "step": books.branches[-1], "time": self._since, "incarnation": books.incarnation}
+            self._rows.append(began)
         self._say(f"the buffer came back from its journal; {lost} leases it held are leased again")
-        self._lost_stats = next((m["stats"] for m in reversed(moves) if m["op"] == "ship"), {})
-        for row in [m["row"] for m in moves if m["op"] == "settle"][
-            -ROWS_AGAIN:
-        ]:  # the driver may not have fetched them
-            self._rows.append({**row, "again": 1.0})
+        self._rows.extend({**row, "again": 1.0} for row in seen.rows)
 
     def _order(self) -> dict[str, Any]:
         """Where the order of tasks stands: the curriculum's own state, and tasks that it has drawn and nobody has trained."""
@@ -486,8 +510,9 @@ class Buffer:
         task = self._leases[lease_id].task
         self._ledger.fail(lease_id, reason)
         del self._leases[lease_id]
-        self._retries[task.id] += 1
-        if self._retries[task.id] <= self._config.max_retries or reason in ("worker_lost", "lineage"):
+        if reason not in NOBODYS_FAULT:
+            self._retries[task.id] += 1
+        if self._retries[task.id] <= self._config.max_retries:
             self._again.append(task)
 
     def _note_failure(self, reason: str) -> None:
@@ -519,6 +544,13 @@ class Buffer:
                 self._ledger.drop_ready(lease_id, "stale")
                 del self._groups[lease_id]
                 del self._leases[lease_id]
+
+    def _drop_lost(self) -> None:
+        """Leases whose delivery got lost on the way: nobody will ever bring them."""
+        too_old = time.time() - self._config.lease_timeout_s
+        for lease_id in self._ledger.running_leases():
+            if self._leases[lease_id].began < too_old:
+                self._drop_running(lease_id, "lease_lost")
 
     def _ship(self, lease_ids: list[str], world_size: int) -> Batch:
         step = self._ledger.step
@@ -558,12 +590,47 @@ class Buffer:
         self._span(lease.worker, "judge", now - judge_s, now)
 
 
+class _Seen:
+    """What a journal says beside the books, gathered while these are made from it: one move at a time, for it may be long."""
+
+    def __init__(self) -> None:
+        self.moves = self.leases = 0
+        self.tasks: dict[str, str] = {}
+        """Task of each lease that is not at its end."""
+        self.order: dict[str, Any] | None = None
+        self.stats: dict[str, float] = {}
+        self.rows: deque[dict[str, Any]] = deque(maxlen=ROWS_AGAIN)
+        """Of the last steps of the current incarnation."""
+
+    def all(self, path: Path) -> Iterator[Mapping[str, Any]]:
+        shipped: list[str] = []
+        for move in RecordReader[Any](path):
+            op = move["op"]
+            self.moves += 1
+            if op == "admit":
+                self.leases += 1
+                self.tasks[move["lease"]] = move["task"]
+            elif op in ("fail", "drop"):
+                self.tasks.pop(move["lease"], None)
+            elif op == "ship":
+                shipped, self.stats = list(move["leases"]), move.get("stats", {})
+            elif op == "settle":
+                self.rows.append(move["row"])
+                for lease_id in shipped:
+                    self.tasks.pop(lease_id, None)
+            elif op == "order":
+                self.order = move
+            elif op in ("enter", "restore"):
+                self.rows.clear()
+            yield move
+
+
 def close_books(journal: Path) -> None:
     """The run that kept this journal has ended, and with it whatever was under way."""
     if journal.exists():
         with RecordWriter(journal) as writer:
             writer.write(
-                {"op": "lose", "reason": "run_ended", "places": ["running", "ready", "in_batch"], "time": time.time()}
+                {"op": "lose", "reason": RUN_ENDED, "places": ["running", "ready", "in_batch"], "time": time.time()}
             )
 
 

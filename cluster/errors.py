@@ -12,10 +12,12 @@ _EXPECTED = {
     "agents.learning.model.ModelError",
     "agents.protocols.tools.ProtocolError",
     "agents.types.RecordError",
+    "cluster.buffer.OutOfOrder",
     "cluster.errors.UserError",
     "cluster.runtime.RayUnreachable",
     "retrieval.errors.RetrievalError",
     "cluster.vllm.preflight.EngineError",
+    "cluster.vllm.segment.SegmentError",
     "envs.jsonl.TaskError",
     "gumshoe.ForeignRoom",
 }
@@ -33,9 +35,16 @@ class UserError(Exception):
     """Something the user gave cannot work. The message is one line that says what, where and how to mend it."""
 
 
+class Fenced(RuntimeError):
+    """A call of a learner that another one has replaced, or that must begin again."""
+
+
 def is_expected(error: BaseException) -> bool:
     """Whether `error` is one a user can mend (then its message alone is worth printing)."""
     if isinstance(error, OSError) and error.errno in _MACHINE:
+        return True
+    cause = getattr(error, "cause", None)  # Ray's errors hold the one that an actor raised
+    if isinstance(cause, BaseException) and cause is not error and is_expected(cause):
         return True
     return any(f"{cls.__module__}.{cls.__qualname__}" in _EXPECTED for cls in type(error).__mro__)
 

@@ -96,6 +96,11 @@ class Evaluation:
                 return groups, False
         return self.full(label), True
 
+    def back(self, step: int) -> None:
+        """Training went back to `step`: an evaluation of weights that are lost says nothing."""
+        every = self._train.eval_every
+        self._pending, self._last = None, step - step % every if every else 0
+
     def full(self, label: str) -> list[Group]:
         """All tasks, waited for. The groups are also kept as `eval/LABEL.jsonl`. Raises UserError when none was judged."""
         plays = self._actors.evaluate(self._tasks, label)

@@ -25,7 +25,7 @@ from typing import Any
 import ray
 
 from agents.types import Generation, Sampling, Span, Version
-from cluster.errors import one_line
+from cluster.errors import Fenced, one_line
 from cluster.vllm.engine import EngineConfig, PolicyEngine
 from cluster.vllm.preflight import EngineError
 from cluster.vllm.transfer import Deadlines, Manifest, ShmTransport, publish
@@ -165,7 +165,7 @@ class Fleet:
 
     async def pulse(self) -> Pulse:
         """For the watchdog; a fleet that Ray has started again brings its engines up first."""
-        if not self._began and self._state is not None:
+        if not self._began and ray.get_runtime_context().was_current_actor_reconstructed:
             self._come_back()
         return pulse_of(*self._waits.oldest())
 
@@ -209,9 +209,7 @@ class Fleet:
         """Brings weights into all live engines; a failing one is fenced. Returns timings and who failed."""
         async with self._membership:
             if Version.parse(version).incarnation < Version.parse(self._version).incarnation:
-                raise EngineError(
-                    "weights", f"weights {version} are of a learner that was replaced; published are {self._version}"
-                )
+                raise Fenced(f"weights {version} are of a learner that was replaced; published are {self._version}")
             self._manifest, self._version = Manifest.from_dict(manifest), version
             self._keep_state()
             targets = {e.name: e for e in self._engines.values() if e.live}
@@ -369,9 +367,8 @@ class Fleet:
 
     def _come_back(self) -> None:
         """After a death of this process, and of its engines with it: as many new ones, with what was published last."""
-        assert self._state is not None
         self._began = True
-        if self._state.is_file():
+        if self._state is not None and self._state.is_file():
             saved = json.loads(self._state.read_text(encoding="utf-8"))
             self._manifest, self._version = Manifest.from_dict(saved["manifest"]), saved["version"]
         self._events.append(

@@ -200,6 +200,8 @@ def _save(setup: Setup, learner: Any, incarnation: int, step: int, rank: int) ->
     try:
         save_checkpoint(Path(setup.checkpoints) / checkpoint_name(step), learner, setup.model, state)
     except Exception as error:
+        if rank != 0 or not _is_disk(error):
+            raise  # another rank died, or something else is wrong: the learner starts again
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {setup.checkpoints}: {one_line(error)[:200]}; earlier ones are "
             "whole: free some space (or mend the folder) and go on with resume="
@@ -208,6 +210,15 @@ def _save(setup: Setup, learner: Any, incarnation: int, step: int, rank: int) ->
         prune_checkpoints(setup.checkpoints, setup.train.keep_checkpoints)
         _ask(setup.buffer.checkpointed.remote(incarnation, step, time.monotonic() - began))
     ray.train.report({"step": step})
+
+
+def _is_disk(error: Exception) -> bool:
+    """Whether a file could not be written. safetensors and torch have errors of their own for that."""
+    text = str(error)
+    named = any(
+        part in text for part in ("No space left", "code: 28", "PytorchStreamWriter", "quota", "Read-only file system")
+    )
+    return isinstance(error, OSError) or named
 
 
 def _next_batch(setup: Setup, incarnation: int, step: int, world: int) -> Any:

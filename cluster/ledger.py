@@ -21,6 +21,10 @@ Move = Mapping[str, Any]
 """One line of the journal: `op`, and what it needs: lease, leases, task, n, reason, places, step, trained, incarnation."""
 
 
+RUN_ENDED = "run_ended"
+"""Reason of what was under way when a whole run ended: nobody samples any more, so admission waits for the next learner."""
+
+
 class LedgerError(RuntimeError):
     """The books do not balance, or a call is out of order."""
 
@@ -110,9 +114,9 @@ class Ledger:
         """Leases the learner holds now."""
         return list(self._in_batch)
 
-    def recent_leases(self) -> list[str]:
-        """Leases trained since the last checkpoint, oldest first."""
-        return [lease_id for step in sorted(self._recent) for lease_id in self._recent[step]]
+    def recent_leases(self, since: int = 0) -> list[str]:
+        """Leases trained since the last checkpoint, from step `since` on, oldest first."""
+        return [lease_id for step in sorted(self._recent) if step >= since for lease_id in self._recent[step]]
 
     def counts(self) -> Counts:
         found = Counts(self.admitted, self.running, self.ready, self.in_batch, self.trained, dict(self._dropped))
@@ -203,6 +207,8 @@ class Ledger:
         held: dict[str, Any] = {"running": self._running, "ready": self._ready, "in_batch": self._in_batch}
         for place in places:
             held[place].clear()
+        if reason == RUN_ENDED:
+            self.held = True
 
     def enter(self, step: int, trained: int, keep: Collection[str] = ()) -> None:
         """A learner begins, with weights after `step` batches of `trained` episodes in all: the books go back with it.
@@ -214,18 +220,19 @@ class Ledger:
             raise LedgerError(
                 f"cannot go on from step {step} with {trained} trained: the ledger is at step {self.step}"
             )
-        self._note(op="enter", incarnation=self.incarnation + 1, step=step, trained=trained, keep=list(keep))
-        self.incarnation += 1
-        self.branches.append(step)
         since: dict[str, int] = {}
         for at in sorted(self._recent):
             if at >= step:
-                since.update(self._recent.pop(at))
+                since.update(self._recent[at])
         since.update(self._in_batch)
         since.update(dict(self._ready))
         kept = {lease_id: n for lease_id, n in since.items() if lease_id in keep}
         if len(kept) != len(keep):
             raise LedgerError(f"leases {sorted(set(keep) - set(kept))} cannot return to ready")
+        self._note(op="enter", incarnation=self.incarnation + 1, step=step, trained=trained, keep=list(keep))
+        self.incarnation += 1
+        self.branches.append(step)
+        self._recent = {at: leases for at, leases in self._recent.items() if at < step}
         gone = self.running + self.ready + self.in_batch + self.trained - trained - sum(kept.values())
         if gone:
             self._dropped["lineage"] += gone
@@ -246,14 +253,19 @@ class Ledger:
         }  # fmt: skip
 
     def restore(self, state: Move) -> None:
-        """Books that go on from a checkpoint alone (its journal is gone): what was trained stays trained."""
+        """Books that go on from a checkpoint alone (its journal is gone): what was trained stays trained, all else is gone."""
         self._note(op="restore", state=dict(state))
+        self._running.clear()
+        self._ready.clear()
+        self._in_batch.clear()
+        self._recent.clear()
         self.step = self.version = int(state["version"])
         self.trained = int(state["trained"])
         self._dropped = Counter({str(k): int(v) for k, v in state["dropped"].items()})
         self.admitted = self.trained + sum(self._dropped.values())
         self.incarnation = int(state["incarnation"])
         self.branches = [int(s) for s in state["branches"]]
+        self.held = True
 
     @classmethod
     def replayed(

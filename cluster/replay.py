@@ -315,7 +315,7 @@ def run_replay(config: RunConfig) -> dict[str, Any]:
                 config.buffer,
                 config.advantage,
                 train.steps,
-                ends_at=ends_at(config),
+                ends_at=ends_at(config, folder),
                 max_learner_failures=train.max_failures,
             )
             staff = Staff(config, setup, source)

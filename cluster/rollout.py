@@ -124,7 +124,9 @@ class RemotePolicy:
             try:
                 with self._waits("the fleet, for an engine"):
                     async with asyncio.timeout(self._config.generate_timeout_s):
-                        self._routes[session] = await self._fleet.route.remote(session, self._worker)
+                        self._routes[session] = await self._fleet.route.remote(
+                            session, self._worker, self._config.generate_timeout_s
+                        )
             except TimeoutError:
                 raise PolicyFailed(f"no engine within {self._config.generate_timeout_s:g} s") from None
             except ray.exceptions.RayError as failure:
@@ -188,6 +190,7 @@ class RolloutWorker:
         self._reward = reward
         self._buffer: Any = None
         self._stop = False
+        self._broken = ""
         self._jobs: dict[asyncio.Task[None], Lease] = {}
 
     async def ready(self) -> int:
@@ -196,15 +199,25 @@ class RolloutWorker:
 
     async def pulse(self) -> Pulse:
         """For the watchdog: what it has waited for the longest, and since when."""
+        if self._broken:
+            raise RuntimeError(f"its loop ended: {self._broken}")
         return pulse_of(*self._waits.oldest())
 
     async def run(self, buffer: Any) -> None:
         """Leases from `buffer` and plays until `stop`. One coroutine per lease, at most `groups_in_flight` of them."""
+        try:
+            await self._work(buffer)
+        except Exception as error:
+            self._broken = one_line(error) or type(error).__name__  # told by the next pulse
+            raise
+
+    async def _work(self, buffer: Any) -> None:
         self._buffer = buffer
         room = asyncio.Semaphore(self._play.rollout.groups_in_flight)
         while not self._stop:
             await room.acquire()
-            lease = await self._buffer.lease.remote(self._name, 2.0)
+            with self._waits("the buffer, for a lease"):
+                lease = await self._buffer.lease.remote(self._name, 2.0)
             if lease is None:
                 room.release()
                 continue
@@ -246,7 +259,8 @@ class RolloutWorker:
     async def _serve(self, lease: Lease) -> None:
         try:
             group = await self._group(lease.task, lease.id, lease.episodes, None)
-            await self._buffer.put.remote(lease.id, [group])
+            with self._waits(f"the buffer, to take {lease.id}"):
+                await self._buffer.put.remote(lease.id, [group])
         except asyncio.CancelledError:
             raise
         except Exception as error:

@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -61,7 +62,7 @@ def run_rollouts(config: RunConfig, groups: int) -> dict[str, Any]:
     if groups < 1:
         raise UserError(f"--groups is {groups}; it must be at least 1")
     preflight(config)
-    config = replace(config, resume="auto" if _goes_on(config) else "")
+    config = replace(config, resume=_resume(config))
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(open_run(config))
         teller = stack.enter_context(Teller(folder, 0))
@@ -151,9 +152,19 @@ def _as_training(config: RunConfig) -> RunConfig:
     return replace(config, train=replace(config.train, eval_attempts=attempts, eval_temperature=temperature))
 
 
-def _goes_on(config: RunConfig) -> bool:
-    """Whether the run's folder holds rollouts of this command (a training run would step aside)."""
-    run_dir = find_run(replace(config, resume=""))[1]
+def _resume(config: RunConfig) -> str:
+    """What there is to go on from: a run that was named, else rollouts under this name (a training run steps aside)."""
+    if config.resume in ("", "auto"):
+        return "auto" if _holds_rollouts(find_run(replace(config, resume=""))[1]) else ""
+    run_dir = find_run(config)[1]
+    if not _holds_rollouts(run_dir):
+        raise UserError(
+            f"resume={config.resume}: {run_dir} holds no rollouts of this command; leave resume= out, and give name="
+        )
+    return config.resume
+
+
+def _holds_rollouts(run_dir: Path) -> bool:
     return (
         all((run_dir / part).is_file() for part in (CONFIG, f"{FOLDER}/{MANIFEST}")) and not (run_dir / LEDGER).exists()
     )

@@ -98,7 +98,7 @@ def open_run(config: Any) -> Iterator[RunFolder]:
             (run_dir / part).mkdir(parents=True, exist_ok=True)
         if lines:
             stamp = time.strftime("%Y%m%d-%H%M%S")
-            (run_dir / CONFIG).rename(run_dir / f"config-until-{stamp}.yaml")
+            shutil.copyfile(run_dir / CONFIG, run_dir / f"config-until-{stamp}.yaml")  # there is always one
         if lines or not resumed:
             save_resolved(config, run_dir / CONFIG)
         yield RunFolder(run_dir, resumed, tuple(lines))
@@ -127,7 +127,8 @@ def find_run(config: Any) -> tuple[Path, Path, bool]:
 
 
 FIXED = (
-    "seed", "model", "protocol", "world", "curriculum", "learner.lora", "buffer.group_size", "sampling.max_context",
+    "seed", "model", "protocol", "world", "curriculum", "learner.lora", "buffer.group_size", "buffer.groups_per_batch",
+    "sampling.max_context", "replay",
 )  # fmt: skip
 """Keys that a resumed run may not change: its checkpoint, its task order or its evaluation would mean something else."""
 _FREE = frozenset({"resume", "storage_path", "name"})

@@ -1,12 +1,14 @@
 """Writing spans.jsonl: who did what from when to when (the rows and their reading: `agents.report.spans`).
 
-Invariants: a row is flushed whole before the call returns; a line that a killed writer left open is ended first; the file
-stays below MAX_BYTES, for its older half goes when it would grow past that; logging never ends a run (a full disk costs
-spans, and one warning).
+Invariants: rows are in the file whole before the call returns, or not at all; a line that a killed writer left open is
+ended first; the file stays below MAX_BYTES, for its older half goes when it would grow past that; logging never ends a run
+(a full disk costs spans, and one warning).
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -30,25 +32,25 @@ class SpanLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
+        self._warned = False
         mend_tail(self.path)
-        self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
+        self._file = self._opened()
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows with `actor`, `phase`, `began`, `ended`, `step` and perhaps `seconds`; other keys are left out."""
-        lines = [json.dumps(_plain(row), separators=(",", ":")).encode() + b"\n" for row in rows]
-        if not lines:
-            return
         with self._lock:
             try:
-                if self._file.tell() + sum(map(len, lines)) > self._max_bytes:
+                data = b"".join(json.dumps(_plain(row), separators=(",", ":")).encode() + b"\n" for row in rows)
+                if data and self._file.seek(0, os.SEEK_END) + len(data) > self._max_bytes:
                     self._halve()
-                self._file.write(b"".join(lines))
-                self._file.flush()
-            except OSError as error:
-                _LOG.warning("%d spans were not written: %s", len(lines), error)
+                self._append(data)
+            except (OSError, ValueError) as error:  # ValueError: it is closed, or a row holds no numbers
+                if not self._warned:
+                    _LOG.warning("spans are not written to %s (this is said once): %s", self.path, error)
+                self._warned = True
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError, ValueError):
             self._file.close()
 
     def __enter__(self) -> SpanLog:
@@ -57,14 +59,33 @@ class SpanLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _opened(self) -> io.FileIO:
+        # Unbuffered: what a failed write left in a buffer would come out later, in the middle of the file.
+        return open(self.path, "ab", buffering=0)
+
+    def _append(self, data: bytes) -> None:
+        start, rest = self._file.seek(0, os.SEEK_END), memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
+            raise
+
     def _halve(self) -> None:
-        """Keeps the newer half, by one rename."""
-        self._file.close()
+        """Keeps the newer half, by one rename; until that is done the file is as it was, and open."""
         kept = self.path.read_bytes()[-self._max_bytes // 2 :]
         part = self.path.with_name(FILE + ".part")
-        part.write_bytes(kept[kept.find(b"\n") + 1 :])
-        os.replace(part, self.path)
-        self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
+        try:
+            part.write_bytes(kept[kept.find(b"\n") + 1 :])
+            os.replace(part, self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+        old, self._file = self._file, self._opened()
+        old.close()
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,6 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-import ray
-
 from agents.report.build import build_report
 from cluster.actors import placed
 from cluster.buffer import BufferSetup, close_books
@@ -63,7 +61,7 @@ def run(config: RunConfig) -> dict[str, Any]:
             spoken = speech()
             setup = BufferSetup(
                 config.buffer, config.advantage, config.train.steps, config.curriculum, write_tasks(run_dir, world.train_tasks),
-                config.seed, ends_at(config), config.train.max_failures, journal=str(folder.journal), record=str(run_dir / "groups") if config.record else "",
+                config.seed, ends_at(config, folder), config.train.max_failures, journal=str(folder.journal), record=str(run_dir / "groups") if config.record else "",
                 about={
                     "protocol": spoken.name, "tokenizer": spoken.tokenizer_fingerprint, "template": spoken.template_fingerprint,
                 },
@@ -89,7 +87,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         summary = {
             "name": config.name, "steps": teller.step, "sampled_tokens": sampled_tokens(folder), "seconds": teller.seconds,
             "success_before": asdict(success(before)), "success_after": asdict(success(after)),
-            "ledger": asdict(ray.get(actors.buffer.counts.remote(), timeout=60)), "checkpoint": newest(folder),
+            "ledger": asdict(actors.up("the buffer", actors.buffer.counts.remote())), "checkpoint": newest(folder),
         }  # fmt: skip
         teller.log.summary(summary)
         write_trajectories(run_dir, after, spoken)
@@ -130,9 +128,11 @@ def result(folder: RunFolder, summary: dict[str, Any]) -> dict[str, Any]:
     return {**summary, "report": str(build_report(folder.path)), "summary": str(folder.path / "summary.json")}
 
 
-def ends_at(config: RunConfig) -> float:
-    """Unix time after which no further batch ships."""
-    return time.time() + 60 * config.train.max_minutes if config.train.max_minutes else float("inf")
+def ends_at(config: RunConfig, folder: RunFolder) -> float:
+    """Unix time after which no further batch ships: what earlier starts of the run have trained counts."""
+    if not config.train.max_minutes:
+        return float("inf")
+    return time.time() + 60 * config.train.max_minutes - sum(r.get("time/step_s", 0.0) for r in _steps(folder))
 
 
 def newest(folder: RunFolder) -> str:
@@ -144,5 +144,9 @@ def newest(folder: RunFolder) -> str:
 
 def sampled_tokens(folder: RunFolder) -> int:
     """Tokens sampled for the batches that were trained, each step counted once."""
-    rows = {r["step"]: r for r in read_metrics(folder.path) if r["kind"] == "train"}
-    return round(sum(r["episodes"] * r["episode/sampled_tokens"] for r in rows.values()))
+    return round(sum(r.get("episodes", 0) * r.get("episode/sampled_tokens", 0) for r in _steps(folder)))
+
+
+def _steps(folder: RunFolder) -> list[dict[str, Any]]:
+    """The row of each optimiser step; of one that was taken again after a restore, the last."""
+    return list({r["step"]: r for r in read_metrics(folder.path) if r["kind"] == "train"}.values())

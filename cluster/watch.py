@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -40,9 +40,11 @@ class Teller:
     """Everything a run tells: metrics, spans, the progress line, seconds per phase."""
 
     def __init__(self, run: RunFolder, steps: int, *, wandb: bool = False) -> None:
-        done = [int(r["step"]) for r in read_metrics(run.path) if r["kind"] == "train"] if run.resumed else []
-        self.step = done[-1] if done else 0
+        done = [r for r in read_metrics(run.path) if r["kind"] == "train"] if run.resumed else []
+        self.step = int(done[-1]["step"]) if done else 0
         """Optimiser steps told so far."""
+        self.incarnation = int(done[-1].get("incarnation", 0)) if done else -1
+        """Of the learner that took the last one."""
         self.seconds: dict[str, float] = {}
         self._last = time.time()
         with contextlib.ExitStack() as stack:  # whatever was opened is closed again when the next one fails
@@ -62,9 +64,9 @@ class Teller:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A part of the run, timed (seconds add up when it comes more than once)."""
+        """A part of the run, timed (seconds add up when it comes more than once). Its beginning is an event of the run."""
         began = time.monotonic()
-        self._progress.note(f"{name} ...")
+        self.event(f"{name} ...")
         try:
             yield
         finally:
@@ -90,15 +92,27 @@ class Teller:
 
     def train(self, row: dict[str, Any], more: dict[str, float]) -> None:
         """The row of an optimiser step, with what only the driver knows: step time and load."""
-        at, when = row.pop("step"), row.pop("time")
-        if row.pop("again", 0.0) and at <= self.step:
+        at, when, again = row.pop("step"), row.pop("time"), bool(row.pop("again", 0.0))
+        if again and at <= self.step:
             return
-        row["time/step_s"], self._last, self.step = when - self._last, when, at
+        self.step, self.incarnation = at, int(row.get("incarnation", self.incarnation))
+        if again:  # it was taken some time ago, while nobody listened
+            self.log.log("train", at, row)
+            return
+        row["time/step_s"], self._last = when - self._last, when
         if "episode/tokens" in row:
             row["tokens_per_s"] = row["episodes"] * row["episode/tokens"] / max(row["time/step_s"], 1e-9)
         row.update(more)
         self._progress.update(at, row)
         self.log.log("train", at, row)
+
+    def fenced(self, incarnation: int, step: int) -> bool:
+        """A learner begins at `step`; False: that was told before."""
+        if incarnation <= self.incarnation:
+            return False
+        self.incarnation, self.step = incarnation, step
+        self._last = time.time()  # it has as long as any other
+        return True
 
     def row(self, kind: str, row: dict[str, Any]) -> None:
         """Any other row of the buffer."""
@@ -135,8 +149,10 @@ def watch(
             if kind == "train":
                 teller.train(row, (load.take() or {}) if load is not None else {})
             elif kind == "fence":
-                teller.step = row["step"]
-                staff.fence(row["incarnation"])
+                if teller.fenced(row["incarnation"], row["step"]):
+                    staff.fence(row["incarnation"])
+                    if evaluation is not None:
+                        evaluation.back(row["step"])
             else:
                 teller.row(kind, row)
 
@@ -149,10 +165,14 @@ def watch(
         if evaluation is not None and (found := evaluation.tick(teller.step)) is not None:
             teller.evaluated(*found)
         if not running:
-            tell(_until(rows.take, 60.0) or ())
-            ray.get(staff.buffer.close.remote(), timeout=60)
+            tell(_until(rows, config.silent_s) or ())
+            rows.forget()  # a call that was made before the end may not know why it came
+            tell(_until(rows, config.silent_s) or ())
+            staff.buffer.close.remote()
             return
-        if teller.idle_s > config.learner_s and (stuck := idle.take()) is not None:
+        if teller.idle_s <= config.learner_s:
+            idle.forget()
+        elif (stuck := idle.take()) is not None:
             teller.event(
                 f"the learner was killed, to start again: the run had waited more than {config.learner_s:g} s for it"
             )
@@ -165,9 +185,9 @@ def watch(
             )
 
 
-def _until(take: Callable[[float], Any], seconds: float) -> Any:
+def _until(poll: Poll, seconds: float) -> Any:
     """The first answer within the time: the last rows, also of a buffer that is just coming back."""
     deadline = time.monotonic() + seconds
-    while (found := take(1.0)) is None and time.monotonic() < deadline:
+    while (found := poll.take(1.0)) is None and time.monotonic() < deadline:
         pass
     return found

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.errors import one_line
+from cluster.errors import UserError, one_line
 
 
 @dataclass
@@ -49,6 +49,10 @@ class Poll:
     def __init__(self, ask: Callable[[], Any]) -> None:
         self._ask = ask
         self._asked: Any = None
+
+    def forget(self) -> None:
+        """An answer that is under way is of no use any more."""
+        self._asked = None
 
     def take(self, wait_s: float = 0.0) -> Any:
         """None: no answer yet, or the actor died (the call is made again). Raises what the call itself raised."""
@@ -129,6 +133,7 @@ class _Watched:
     told_silent: bool = False
     told_since: float = 0.0
     dead: bool = False
+    died: float = 0.0
 
 
 class Watchdog:
@@ -175,8 +180,10 @@ class Watchdog:
                 if w.replace is not None:
                     self._watched.pop(name, None)
                     yield w.replace(one_line(error))
+                elif w.dead and time.monotonic() - w.died > self._config.start_s:
+                    raise UserError(f"{name} died and does not come back: {one_line(error)[:300]}") from error
                 elif not w.dead:
-                    w.dead, w.answered = True, False
+                    w.dead, w.answered, w.died = True, False, time.monotonic()
                     yield f"{name} died ({one_line(error)[:120]}); it starts again by itself"
                 return
             if w.dead or w.told_silent:
@@ -194,7 +201,7 @@ class Watchdog:
                 self._watched.pop(name, None)
                 yield w.replace(reason)
             else:
-                w.dead, w.answered = True, False
+                w.dead, w.answered, w.died = True, False, time.monotonic()
                 yield f"{name} was killed, to start again: {reason}"
         elif w.answered and silent_s > self._config.silent_s and not w.told_silent:
             w.told_silent = True

@@ -48,24 +48,28 @@ def save_checkpoint(
     tokenizer_dir: str | Path | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a checkpoint folder. Every rank calls it (weights are gathered); the first rank writes.
+    """Writes a checkpoint folder. Every rank calls it (tensors are gathered one by one); the first rank alone keeps copies,
+    of the weights while it writes them, then of the optimiser's state, and writes.
 
     `tokenizer_dir`: model directory whose tokenizer files are copied. `extra`: JSON values of the caller's own. A folder
     that stood at `path` is replaced.
     """
     path = Path(path)
-    state = learner.state_dict()
-    weights = {name: w.cpu().contiguous() for name, w in learner.weights()}
-    if not dist.is_initialized() or dist.get_rank(learner.group) == 0:
-        if learner.config.lora.rank == 0:
-            state.pop("model")  # the weight file has it all
+    beside = learner.config.lora.rank > 0  # adapters; other weights are all in the weight file
+    if dist.is_initialized() and dist.get_rank(learner.group) != 0:
+        for _ in learner.weights():
+            pass
+        learner.state_dict(weights=beside, keep=False)
+    else:
         draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         try:
+            weights = {name: w.cpu().contiguous() for name, w in learner.weights()}
             save_file(weights, str(draft / WEIGHTS), metadata={"format": "pt"})
+            del weights
             learner.model.hf.config.save_pretrained(str(draft))
-            torch.save(state, draft / TRAINER)
+            torch.save(learner.state_dict(weights=beside), draft / TRAINER)
             (draft / EXTRA).write_text(json.dumps(dict(extra or {}), indent=1), encoding="utf-8")
             for pattern in TOKENIZER_FILES if tokenizer_dir is not None else ():
                 for file in sorted(Path(str(tokenizer_dir)).glob(pattern)):
@@ -129,16 +133,17 @@ def read_extra(path: str | Path) -> dict[str, Any]:
 def load_checkpoint(path: str | Path, learner: Learner) -> dict[str, Any]:
     """Puts a checkpoint's state into the learner and returns the caller's `extra`. Every rank calls it.
 
+    The files are mapped, not read: ranks of a machine share their pages, and the kernel may drop them.
+
     Raises CheckpointError for a folder that is missing, incomplete or damaged, or that does not fit the learner's model.
     The learner is untouched in all those cases.
     """
     path = Path(path)
     verify_checkpoint(path)
     try:
-        state = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
+        state = torch.load(path / TRAINER, map_location="cpu", weights_only=True, mmap=True)
         if "model" not in state:
-            weights = stack_experts(load_file(str(path / WEIGHTS)))
-            state["model"] = {f"hf.{name}": w for name, w in weights.items()}
+            state["model"] = stack_experts({f"hf.{name}": w for name, w in load_file(str(path / WEIGHTS)).items()})
         learner.load_state_dict(state)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -10,7 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from agents.learning import packing
 from agents.learning.config import LearnerConfig, learning_rate
 from agents.learning.loss import LOSSES, Tokens, can_learn
-from agents.learning.model import PolicyModel, full, named_weights_for_publish
+from agents.learning.model import PolicyModel, Stacked, full, named_weights_for_publish
 from agents.learning.scorer import score_logprobs, with_aux
 from agents.learning.shard import (
     gather_values,
@@ -235,15 +235,21 @@ class Learner:
 
     # ---------------------------------------------------------------------------------------------------- state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, weights: bool = True, keep: bool = True) -> dict[str, Any]:
         """All that a restart needs, as whole CPU tensors and plain values; loads on any number of ranks.
 
-        `model` holds the trained parameters only (adapters under LoRA). Every rank calls it when sharded.
+        `model` holds the trained parameters only (adapters under LoRA), and is left out without `weights`. Every rank calls it
+        when sharded; one that only joins the gathering says `keep=False`, and drops each tensor as soon as it is whole.
         """
+
+        def copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+            gathered = ((name, full(tensor)) for name, tensor in tensors)
+            return {name: whole.to("cpu", copy=True) for name, whole in gathered if keep}
+
         return {
-            "model": {name: full(p).cpu().clone() for name, p in self._named.items()},
+            **({"model": copies(self._named.items())} if weights else {}),
             "optimizer": {
-                name: {k: full(v).cpu().clone() for k, v in self.optimizer.state[p].items()}
+                name: copies(self.optimizer.state[p].items())
                 for name, p in self._named.items()
                 if p in self.optimizer.state
             },
@@ -252,18 +258,21 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`. Raises ValueError when the parameters do not fit this model."""
-        saved = state["model"]
+        """Inverse of `state_dict`. Raises ValueError when the parameters do not fit this model.
+
+        Every rank calls it; of what is sharded the first rank alone reads the values, one tensor at a time.
+        """
+        saved = state["model"] if isinstance(state["model"], Stacked) else Stacked(state["model"])
         for name, p in self._named.items():
-            if name not in saved or tuple(saved[name].shape) != tuple(p.shape):
-                found = tuple(saved[name].shape) if name in saved else "nothing"
+            if name not in saved or saved.shape(name) != tuple(p.shape):
+                found = saved.shape(name) if name in saved else "nothing"
                 raise ValueError(
                     f"the checkpoint does not fit the model: {name} is {tuple(p.shape)} here, {found} there; use the same"
                     " model and learner.lora settings as the run that wrote it"
                 )
         with torch.no_grad():
             for name, p in self._named.items():
-                p.copy_(_like(saved[name], p))
+                p.copy_(_like(saved[name] if _is_first(p) else torch.empty(p.shape), p))
                 kept = state["optimizer"].get(name)
                 self.optimizer.state.pop(p, None)
                 if kept is not None:
@@ -276,10 +285,15 @@ class Learner:
 
 
 def _like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor as the parameter is laid out."""
+    """A whole tensor as the parameter is laid out. Shards come from the first rank's copy; that of others is not read."""
     if isinstance(parameter, DTensor):
-        return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
+        here = whole.to(parameter.device) if _is_first(parameter) else torch.empty_like(whole, device=parameter.device)
+        return distribute_tensor(here, parameter.device_mesh, parameter.placements)
     return whole.to(parameter.device, copy=True)
+
+
+def _is_first(parameter: Tensor) -> bool:
+    return not isinstance(parameter, DTensor) or parameter.device_mesh.get_local_rank() == 0
 
 
 def _finite(*values: float) -> bool:

@@ -98,8 +98,9 @@ def load_model(
 ) -> PolicyModel:
     """The policy of a model directory (config.json, *.safetensors, tokenizer.json).
 
-    Raises ModelError, one line, when the directory is missing, a weight file is damaged or incomplete, or the tokenizer
-    has more tokens than the model has embeddings. Never touches the network and never runs code from the directory.
+    Raises ModelError, one line, when the directory is missing, a weight file is damaged or incomplete, the tokenizer has more
+    tokens than the model has embeddings, or weights would be published under other names than the checkpoint's. Never touches
+    the network and never runs code from the directory.
     """
     config = config or LearnerConfig()
     path = Path(path)
@@ -118,6 +119,7 @@ def load_model(
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
         raise ModelError(f"{path}: {len(names)} weight(s) are missing, first {names[0]}; copy the whole model again")
+    _check_names(path, hf)
     hf.to(device)
     return PolicyModel(hf, config)
 
@@ -162,9 +164,8 @@ def named_weights_for_publish(model: PolicyModel, dtype: torch.dtype | None = No
     adapted = {
         f"{name}.base.weight": module for name, module in model.hf.named_modules() if isinstance(module, LoraLinear)
     }
-    tied = bool(getattr(model.hf.config, "tie_word_embeddings", False))
     for name, parameter in model.hf.named_parameters():  # yields shared parameters once
-        if ".lora_" in name or (tied and name == "lm_head.weight"):
+        if ".lora_" in name or _is_tied_head(model.hf, name):
             continue
         weight = full(parameter)
         if name in adapted:
@@ -174,21 +175,75 @@ def named_weights_for_publish(model: PolicyModel, dtype: torch.dtype | None = No
             yield own_name, part if dtype is None else part.to(dtype)
 
 
-def stack_experts(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by their names in a checkpoint, as the model holds them: the inverse of how they are published."""
-    stacked: dict[str, Tensor] = {}
-    experts: dict[str, dict[int, dict[str, Tensor]]] = {}
-    for name, weight in weights.items():
-        match = _EXPERT.match(name)
-        if match:
-            experts.setdefault(match["stem"], {}).setdefault(int(match["index"]), {})[match["kind"]] = weight
-        else:
-            stacked[name] = weight
-    for stem, found in experts.items():
-        ordered = [found[i] for i in sorted(found)]
-        stacked[f"{stem}gate_up_proj"] = torch.stack([torch.cat([e["gate"], e["up"]]) for e in ordered])
-        stacked[f"{stem}down_proj"] = torch.stack([e["down"] for e in ordered])
-    return stacked
+class Stacked(Mapping[str, Tensor]):
+    """Weights by their names in a checkpoint, as the model holds them: the inverse of how they are published.
+
+    Experts are stacked when they are asked for, so that one layer of them is in memory at a time.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        experts: dict[str, dict[int, dict[str, Tensor]]] = {}
+        self._parts: dict[str, Tensor | list[list[Tensor]]] = {}
+        for name, weight in weights.items():
+            match = _EXPERT.match(name)
+            if match:
+                experts.setdefault(match["stem"], {}).setdefault(int(match["index"]), {})[match["kind"]] = weight
+            else:
+                self._parts[name] = weight
+        for stem, found in experts.items():
+            ordered = [found[i] for i in sorted(found)]
+            self._parts[f"{stem}gate_up_proj"] = [[e["gate"], e["up"]] for e in ordered]
+            self._parts[f"{stem}down_proj"] = [[e["down"]] for e in ordered]
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = self._parts[name]
+        return parts if isinstance(parts, Tensor) else torch.stack([torch.cat(expert) for expert in parts])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight, without reading it."""
+        parts = self._parts[name]
+        if isinstance(parts, Tensor):
+            return tuple(parts.shape)
+        return (len(parts), sum(p.shape[0] for p in parts[0]), *parts[0][0].shape[1:])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def stack_experts(weights: Mapping[str, Tensor]) -> Stacked:
+    """Weights by their names in a checkpoint, as the model holds them."""
+    return Stacked(weights)
+
+
+def _check_names(path: Path, hf: nn.Module) -> None:
+    """Engines and checkpoints know weights by the names of the model directory; models whose naming we cannot restore are refused.
+
+    What the directory has beyond the model (parts that are not trained) is no matter.
+    """
+    there: set[str] = set()
+    for file in path.glob("*.safetensors"):
+        with safe_open(str(file), framework="pt") as opened:
+            there.update(opened.keys())
+    named = ((n, p.detach()) for n, p in hf.named_parameters() if not _is_tied_head(hf, n))
+    ours = {own_name: None for name, weight in named for own_name, _ in _unstack(name, weight)}
+    strange = [name for name in ours if name not in there]
+    if strange:
+        beside = next(iter(sorted(n for n in there - ours.keys() if not _is_tied_head(hf, n))), "nothing like it")
+        raise ModelError(
+            f"{path}: models of type {hf.config.model_type} cannot be trained yet: {len(strange)} weight(s) would be published under "
+            f"names that the model directory does not have, first {strange[0]} (there: {beside}); choose another architecture"
+        )
+
+
+def _is_tied_head(hf: nn.Module, name: str) -> bool:
+    """A head that shares the embedding's weight has no name of its own, whether a file holds it or not."""
+    return name == "lm_head.weight" and bool(getattr(hf.config, "tie_word_embeddings", False))
 
 
 def _unstack(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ import pytest
 
 from agents.advantages import AdvantageConfig
 from agents.curriculum import Uniform
-from agents.types import Task, Verdict, Version
+from agents.types import RecordError, Task, Verdict, Version
 from cluster.buffer import Buffer, BufferConfig, BufferSetup, Fenced, OutOfOrder, close_books
 from cluster.ledger import audit
 from tests.builders import a_group
@@ -166,7 +166,8 @@ async def test_a_buffer_that_dies_comes_back_from_its_journal(tmp_path):
     counts = await back.counts()
     assert counts.trained == 2 and counts.dropped == {"buffer_lost": 4} and counts.admitted == 6
     rows = await back.rows()
-    assert "came back" in rows[0]["message"] and rows[1]["again"] and rows[1]["step"] == 1
+    assert [r["kind"] for r in rows] == ["fence", "event", "train"]
+    assert "came back" in rows[1]["message"] and rows[2]["again"] and rows[2]["step"] == 1
     assert [(await back.lease("w", 0.1)).task.id for _ in range(2)] == order[1:3], "what it held is leased again"
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     assert audit(lines)["trained"] == 1
@@ -226,6 +227,116 @@ async def test_a_resumed_run_drops_what_was_under_way_and_goes_on(tmp_path):
     without = Buffer(a_setup(journal=journal), Uniform(TASKS, seed=0))
     assert await without.enter(saved) == 1, "a checkpoint alone is enough"
     assert (await without.counts()).trained == 2
+
+
+async def test_a_learner_that_dies_just_after_its_checkpoint_was_written_goes_on(tmp_path):
+    """On disk: step 2; the buffer was told of step 1 only. Nothing trained before step 2 may be taken back."""
+    setup = a_setup(max_staleness=2, journal=tmp_path / "ledger.jsonl")
+    buffer = Buffer(setup, Uniform(TASKS, seed=0))
+    await buffer.enter(None)
+    await buffer.published(0, 0, {})
+    for _ in range(3):
+        await deliver(buffer, 0)
+    await train(buffer, 0)
+    await buffer.checkpointed(0, 1)
+    await train(buffer, 1)
+    saved = await buffer.state()
+    assert await buffer.enter(saved) == 1
+    counts = await buffer.counts()
+    assert counts.trained == 4 and counts.ready == 2 and counts.balanced
+    assert Buffer(setup, Uniform(TASKS, seed=0)), "its journal can be followed"
+
+
+async def test_after_a_restore_a_buffer_that_dies_tells_no_row_of_the_lost_lineage(tmp_path):
+    setup = a_setup(max_staleness=3, journal=tmp_path / "ledger.jsonl")
+    buffer = Buffer(setup, Uniform(TASKS, seed=0))
+    await buffer.enter(None)
+    await buffer.published(0, 0, {})
+    await deliver(buffer, 0)
+    await train(buffer, 0)
+    saved = await buffer.state()
+    for step in (1, 2):
+        await deliver(buffer, step)
+        await train(buffer, step)
+    await buffer.enter(saved)
+    await buffer.published(1, 1, {})
+    lease = await buffer.lease("w", 0.1)
+    group = a_group((1.0, 0.0), task=lease.task.id, group=lease.id, version=Version(1, 1))
+    assert await buffer.put(lease.id, [group])
+    await train(buffer, 1, incarnation=1)
+    rows = await Buffer(setup, Uniform(TASKS, seed=0)).rows()
+    assert [(r["step"], r["incarnation"]) for r in rows if r["kind"] == "train"] == [(2, 1.0)]
+    assert next(r for r in rows if r["kind"] == "fence")["step"] == 1
+
+
+async def test_a_journal_behind_its_checkpoint_or_damaged_gives_balanced_books(tmp_path):
+    """A machine that lost its power may have kept the checkpoint and lost the end of the journal."""
+    journal = tmp_path / "ledger.jsonl"
+    buffer = Buffer(a_setup(max_staleness=2, journal=journal), Uniform(TASKS, seed=0))
+    await buffer.enter(None)
+    await buffer.published(0, 0, {})
+    short = journal.read_text()
+    await deliver(buffer, 0)
+    await train(buffer, 0)
+    saved = await buffer.state()
+    for text in (short, "no journal\n" * 3):
+        journal.write_text(text)
+        back = Buffer(a_setup(max_staleness=2, journal=journal), Uniform(TASKS, seed=0))
+        await back.enter(saved)
+        await back.published((await back.state())["ledger"]["incarnation"], 1, {})
+        assert await back.lease("w", 0.1)
+        counts = await back.counts()
+        assert counts.trained == 2 and counts.running == 2 and counts.balanced
+    assert list(tmp_path.glob("damaged-*-ledger.jsonl")), "set aside, not deleted"
+
+
+async def test_a_resumed_run_admits_nothing_before_its_learner_has_published(tmp_path):
+    journal = tmp_path / "ledger.jsonl"
+    buffer = Buffer(a_setup(journal=journal), Uniform(TASKS, seed=0))
+    await buffer.enter(None)
+    await buffer.published(0, 0, {})
+    close_books(journal)
+    assert await Buffer(a_setup(journal=journal), Uniform(TASKS, seed=0)).lease("w", 0.05) is None
+
+
+async def test_dead_workers_are_not_infrastructure_that_fails_every_time():
+    buffer = await a_buffer(max_staleness=60)
+    for number in range(60):
+        await buffer.lease(f"w{number}", 0.1)
+        await buffer.worker_lost(f"w{number}")
+    await buffer.rows()
+
+
+async def test_the_task_of_a_batch_that_was_lost_comes_again(tmp_path):
+    setup = a_setup(journal=tmp_path / "ledger.jsonl")
+    buffer = Buffer(setup, Uniform(TASKS, seed=0))
+    await buffer.enter(None)
+    await buffer.published(0, 0, {})
+    lost = await deliver(buffer, 0)
+    assert await buffer.next_batch(0, 0)
+    back = Buffer(setup, Uniform(TASKS, seed=0))
+    other = await deliver(back, 0)
+    assert other.task.id != lost.task.id
+    assert await back.next_batch(0, 0)
+    assert (await back.lease("w", 0.1)).task.id == lost.task.id
+
+
+async def test_a_lease_whose_answer_got_lost_is_given_up_in_time():
+    config = BufferConfig(max_staleness=0, groups_per_batch=1, group_size=2, lease_timeout_s=0.01)
+    buffer = Buffer(BufferSetup(config, AdvantageConfig(), 9), Uniform(TASKS, seed=0))
+    await buffer.enter(None)
+    await buffer.published(0, 0, {})
+    first = await buffer.lease("w", 0.1)
+    await asyncio.sleep(0.02)
+    assert await buffer.next_batch(0, 0, timeout_s=0.01) is None
+    assert (await buffer.counts()).dropped == {"lease_lost": 2}
+    assert (await buffer.lease("w", 0.1)).task.id == first.task.id
+
+
+async def test_a_live_run_refuses_the_checkpoint_of_a_replay():
+    buffer = await a_buffer()
+    with pytest.raises(RecordError, match="of a replay"):
+        await buffer.enter({"cursor": 3})
 
 
 async def test_learners_that_never_make_a_step_end_the_run():

@@ -1,0 +1,54 @@
+"""What the driver tells of a run: each step once, also across restores and a buffer that came back."""
+
+import json
+import time
+
+from cluster.errors import is_expected, one_line
+from cluster.rundir import RunFolder
+from cluster.watch import Teller
+
+
+def a_row(step: int, incarnation: int = 0, **more):
+    return {"step": step, "time": time.time(), "incarnation": float(incarnation), "loss": 0.5, **more}
+
+
+def told(path):
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r.get("time/step_s")) for r in rows if r["kind"] == "train"]
+
+
+def test_old_rows_are_told_without_a_step_time_and_do_not_make_the_run_look_idle(tmp_path):
+    with Teller(RunFolder(tmp_path), 10) as teller:
+        teller.train(a_row(1), {})
+        teller.train(a_row(1, again=1.0), {})
+        old = a_row(2, again=1.0) | {"time": time.time() - 3600}
+        teller.train(old, {})
+        assert teller.idle_s < 60 and teller.step == 2
+    steps = told(tmp_path)
+    assert [s for s, _ in steps] == [1, 2] and steps[1][1] is None
+
+
+def test_a_restore_is_told_once_and_takes_the_step_back(tmp_path):
+    with Teller(RunFolder(tmp_path), 10) as teller:
+        for step in (1, 2, 3):
+            teller.train(a_row(step), {})
+        assert teller.fenced(1, 1) and teller.step == 1
+        assert not teller.fenced(1, 1), "the buffer came back and says it again"
+        teller.train(a_row(2, 1), {})
+    with Teller(RunFolder(tmp_path, resumed=True), 10) as teller:
+        assert (teller.step, teller.incarnation) == (2, 1)
+        assert not teller.fenced(1, 1) and teller.fenced(2, 1)
+
+
+def test_the_end_of_a_run_by_the_buffer_is_one_line_also_through_ray():
+    import ray
+
+    from cluster.buffer import OutOfOrder
+
+    error = OutOfOrder("the journal cannot be written: no space left; go on with resume=")
+    wrapped = ray.exceptions.RayTaskError("rows", "a page of traceback", error).as_instanceof_cause()
+    assert is_expected(wrapped) and one_line(wrapped) == str(error)
+    full = ray.exceptions.RayTaskError(
+        "put", "traceback", OSError(28, "No space left on device", "/x")
+    ).as_instanceof_cause()
+    assert is_expected(full)
