@@ -10,6 +10,7 @@ holds one group at a time, and of a whole recording only where each group lies.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -22,11 +23,13 @@ from agents.interfaces import Speech
 from agents.plain import MIGRATIONS
 from agents.recordfile import Frame, RecordReader, RecordWriter, index
 from agents.types import SCHEMA, Group, Identity, RecordError
+from cluster.config import ConfigError, load_saved
 
 KIND = "gumshoe groups"
 MANIFEST = "manifest.json"
 FOLDER = "groups"
-LEDGER = "ledger.jsonl"
+LEDGER, CONFIG = "ledger.jsonl", "config.yaml"
+"""Of the run, beside the folder."""
 _PARTS = "part-*.msgpack.z"
 _SHARED = ("schema", "protocol", "tokenizer", "template")
 
@@ -153,6 +156,31 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What tells these groups from those of any other recording: plain values, for a checkpoint."""
+        told = "".join(f"{e.id} {e.step} {e.frame.length}\n" for e in self.entries)
+        return {"folder": str(self.folder), "groups": len(self), "hash": hashlib.sha256(told.encode()).hexdigest()[:16]}
+
+    def keep(self, mark: Mapping[str, Any]) -> None:
+        """Leaves the groups of `mark`, if these are the first ones here. Raises RecordError for another recording."""
+        everything, self.entries = self.entries, self.entries[: int(mark["groups"])]
+        if self.mark["hash"] != mark["hash"]:
+            self.entries = everything
+            raise RecordError(
+                f"{self.folder} does not begin with the {mark['groups']} groups that this replay was started with "
+                f"(from {mark['folder']}); give that recording, or start a run of its own with name="
+            )
+
+    def max_staleness(self, groups_per_batch: int) -> int | None:
+        """The recorded run's `buffer.max_staleness`, where batches of so many groups are its own batches; else None."""
+        try:
+            buffer = load_saved(self.folder.parent / CONFIG)["buffer"]
+            same = self.entries[0].step >= 0 and int(buffer["groups_per_batch"]) == groups_per_batch
+            return int(buffer["max_staleness"]) if same else None
+        except (ConfigError, KeyError, TypeError, ValueError):
+            return None
 
 
 def recorded_batches(source: str | Path) -> Iterator[tuple[int, list[Group]]]:

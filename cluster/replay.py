@@ -3,8 +3,10 @@
 `Replay` stands where the buffer stands in a live run, and offers the learner and the driver the same calls. Invariants:
 - Groups come in the recording's order, as many per batch as the config says, one pass after the other; what is held in
   memory is the batch being trained and the one made ready behind it.
-- Its state is a cursor: a learner that goes back to a checkpoint, or a run that is resumed, goes on at the same group.
-- Nothing is too old: the data is off-policy by nature. How old it was when it was recorded is logged.
+- Its state is a cursor, and what it is a cursor of: a learner that goes back to a checkpoint, or a run that is resumed,
+  goes on at the same group, also when the recording has grown since; with another recording it does not go on.
+- Where the batches are the recorded run's own, what that run withheld for its age is withheld again; else nothing is too
+  old, for the data is off-policy by nature. How old it was when it was recorded is logged.
 - A recording of another protocol, tokenizer, template or schema is refused before anything is started or written.
 """
 
@@ -15,13 +17,14 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agents.advantages import AdvantageConfig, masked_cause, to_samples
+from agents.sharding import shard
 from agents.types import Group, RecordError
-from cluster.batch import Batch, make_batch
+from cluster.batch import Batch, make_batch, sample_age
 from cluster.buffer import BufferSetup, Fenced, OutOfOrder
 from cluster.errors import UserError
 from cluster.ledger import Counts
@@ -48,6 +51,8 @@ class Replay:
         self._setup = setup
         self._recording = Recording(source)
         check_recording(self._recording, setup.advantage, setup.buffer.groups_per_batch)
+        self._mark = self._recording.mark
+        self._max_staleness = self._recording.max_staleness(setup.buffer.groups_per_batch)
         self._incarnation = -1
         self._step = self._cursor = self._trained = 0
         self._dropped: Counter[str] = Counter()
@@ -71,6 +76,9 @@ class Replay:
                 "the checkpoint is of a live run; to replay from its weights, start a run of its own with model.path= and name="
             )
         saved = saved or {"cursor": 0, "step": 0, "trained": 0, "dropped": {}, "incarnation": -1}
+        if "recording" in saved and saved["recording"]["hash"] != self._mark["hash"]:
+            self._recording.keep(saved["recording"])
+            self._mark, self._ahead = self._recording.mark, None
         self._incarnation = max(self._incarnation, int(saved["incarnation"])) + 1
         self._step, self._cursor, self._trained = (int(saved[k]) for k in ("step", "cursor", "trained"))
         self._dropped = Counter(saved["dropped"])
@@ -150,7 +158,7 @@ class Replay:
         """Plain values that go into a checkpoint together with the learner's."""
         return {
             "cursor": self._cursor, "step": self._step, "trained": self._trained, "dropped": dict(self._dropped),
-            "incarnation": self._incarnation,
+            "incarnation": self._incarnation, "recording": self._mark,
         }  # fmt: skip
 
     async def stop(self, reason: str) -> None:
@@ -201,7 +209,7 @@ class Replay:
 
     def _make(self, cursor: int, step: int, world_size: int) -> _Made:
         recording, setup = self._recording, self._setup
-        begin, groups, ages, dropped = cursor, list[Group](), list[int](), 0
+        begin, groups, at, dropped = cursor, list[Group](), dict[str, int](), 0
         while len(groups) < setup.buffer.groups_per_batch:
             if cursor - begin >= len(recording):
                 raise RecordError(f"{recording.folder} has fewer groups that can be trained than one batch takes")
@@ -212,11 +220,18 @@ class Replay:
                 dropped += len(group.members)
                 continue
             groups.append(group)
-            ages += recorded_ages(group, entry.step)
+            at[group.id] = trained_at(group, entry.step)
         last = step + 1 >= setup.steps or time.time() >= setup.ends_at
-        batch = make_batch(step, groups, setup.advantage, max_staleness=None, world_size=world_size, last=last)
-        batch.stats["staleness/mean"] = sum(ages) / max(1, len(ages))
-        batch.stats["staleness/max"] = float(max(ages, default=0))
+        whole = make_batch(step, groups, setup.advantage, max_staleness=None, last=last)
+        aged = [(s, sample_age(s, at[s.group_id])) for s in whole.shards[0]]
+        kept = [(s, age) for s, age in aged if self._max_staleness is None or age <= self._max_staleness]
+        samples, ages = [s for s, _ in kept], [age for _, age in kept] or [0]
+        stats = {
+            **whole.stats, "masked/stale": float(len(aged) - len(kept)), "staleness/mean": sum(ages) / len(ages),
+            "staleness/max": float(max(ages)),
+        }  # fmt: skip
+        shards = tuple(tuple(shard(samples, rank, world_size)) for rank in range(world_size))
+        batch = replace(whole, shards=shards, stats=stats)
         return _Made(batch, cursor, sum(len(g.members) for g in groups), dropped)
 
     def _fence(self, incarnation: int) -> None:
@@ -231,11 +246,9 @@ class Replay:
         self._rows.append({**row, "step": self._step, "time": ended, **more})
 
 
-def recorded_ages(group: Group, step: int) -> list[int]:
-    """Per member: optimiser batches between its oldest weights and the step it was trained in (else: its newest weights)."""
-    versions = [[v.step for v in t.versions] for t in group.trajectories]
-    now = step if step >= 0 else max((v for member in versions for v in member), default=0)
-    return [now - min(member) for member in versions if member]
+def trained_at(group: Group, step: int) -> int:
+    """The optimiser step a group was trained in; where nobody knows, that of its newest weights."""
+    return step if step >= 0 else max((v.step for t in group.trajectories for v in t.versions), default=0)
 
 
 def check_recording(recording: Recording, advantage: AdvantageConfig, groups_per_batch: int) -> None:
