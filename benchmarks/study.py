@@ -342,13 +342,13 @@ def run_figures(folder: Path) -> dict[str, Any]:
     train = [r for r in rows if r["kind"] == "train"]
     # Every start of a run says which engines it has. Of a run that was stopped the summary knows the last part's seconds only.
     starts = sum(r["kind"] == "event" and str(r.get("message", "")).startswith("engines:") for r in rows)
-    training_s = summary["seconds"]["training"] if starts <= 1 else sum(r["time/step_s"] for r in train)
-    pauses = [r["publish/pause_ms"] for r in rows if r["kind"] == "publish" and "publish/pause_ms" in r]
+    training_s = summary["seconds"]["training"] if starts <= 1 else sum(r.get("time/step_s") or 0.0 for r in train)
+    pauses = [r["publish/pause_ms"] for r in rows if r["kind"] == "publish" and r.get("publish/pause_ms") is not None]
     return {
         **{key: summary[key] for key in ("success_before", "success_after", "seconds", "steps", "sampled_tokens")},
         "training_s": round(training_s, 1), "starts": starts,
         "pause_ms_median": float(np.median(pauses)) if pauses else None,
-        "kl_k3_max": max((r["mismatch/kl_k3"] for r in train), default=None),
+        "kl_k3_max": max((v for r in train if (v := r.get("mismatch/kl_k3")) is not None), default=None),
         "before": episodes(folder / "eval" / "before.jsonl"), "after": episodes(folder / "eval" / "after.jsonl"),
     }  # fmt: skip
 

@@ -169,13 +169,11 @@ def _train(args: argparse.Namespace) -> int:
     config = _run_config(args)
     config.record = config.record or args.record
     config.replay = args.replay or config.replay
-    if args.dry_run and config.replay:
-        from cluster.replay import plan_replay
-
-        print("\n".join(plan_replay(config)))
-        return 0
     if args.dry_run:
-        from cluster.plan import plan
+        if config.replay:
+            from cluster.replayplan import plan
+        else:
+            from cluster.plan import plan
 
         made = plan(config)
         print("\n".join(made.text))

@@ -13,14 +13,18 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any
 
-from agents.report.findings import BROKEN, findings
+from agents.report.findings import BROKEN, PHASE_S, findings, phase_of, setting
+from agents.report.load import number, read_rows
 from agents.report.spans import read_spans
-from cluster.preflight import BASE_GIB, ENGINE_GIB, GIB, free_memory
+from cluster.errors import UserError
+from cluster.machine import free_memory
+from cluster.model import ModelShape
 from cluster.progress import short_number, short_time
-from cluster.runlog import read_metrics
+from cluster.sizes import GIB, host_gib
 
 ROOT = Path(__file__).resolve().parent.parent
 # (distribution, what it is for, needed)
@@ -54,25 +58,37 @@ def examine() -> tuple[list[str], bool]:
 
 def examine_run(run_dir: Path) -> tuple[list[str], bool]:
     """Lines about a run: where it is, its ledger, what limits it and what is wrong. Healthy unless something is broken."""
-    rows = read_metrics(run_dir)
+    lines, healthy = _examined(run_dir)
+    return [line.encode(errors="replace").decode() for line in lines], healthy  # JSON may hold half a character
+
+
+def _examined(run_dir: Path) -> tuple[list[str], bool]:
+    if not run_dir.is_dir():
+        return [f"run {run_dir} does not exist"], False
+    rows, notes = _rows(run_dir)
     train = [r for r in rows if r["kind"] == "train"]
+    config, now, finished = _config(run_dir), time.time(), (run_dir / "summary.json").is_file()
     if not train:
-        what = "has no finished step yet" if run_dir.is_dir() else "does not exist"
-        return [f"run {run_dir} {what}"], run_dir.is_dir()
-    last, now, finished = train[-1], time.time(), (run_dir / "summary.json").is_file()
-    lines = [f"last step     {last['step']}, {short_time(max(0.0, now - last.get('time', 0.0)))} ago"]
-    shown = [
-        f"{name} {last[key]:.3f}"
-        for key, name in (("reward/mean", "reward"), ("success", "success"))
-        if _is_number(last.get(key))
+        return _unstarted(run_dir, rows, config, now, finished)
+    last = train[-1]
+    at = number(last, "time")
+    lines = [
+        f"last step     {last['step']}" + ("" if at is None else f", {short_time(max(0.0, now - at))} ago"),
+        *notes,
     ]
-    if _is_number(last.get("tokens_per_s")):
-        shown.append(f"{short_number(last['tokens_per_s'])} tokens/s")
+    shown = [
+        f"{name} {value:.3f}"
+        for key, name in (("reward/mean", "reward"), ("success", "success"))
+        if (value := number(last, key)) is not None
+    ]
+    if (rate := number(last, "tokens_per_s")) is not None:
+        shown.append(f"{short_number(rate)} tokens/s")
     lines.append(f"              {', '.join(shown)}")
-    found = findings(rows, read_spans(run_dir), now=now, finished=finished, free_bytes=shutil.disk_usage(run_dir).free)
-    admitted = last.get("ledger/admitted")
-    if _is_number(admitted):
-        parts = {n: last.get(f"ledger/{n}") or 0 for n in ("running", "ready", "in_batch", "trained", "dropped")}
+    free = shutil.disk_usage(run_dir).free
+    found = findings(rows, read_spans(run_dir), now=now, finished=finished, free_bytes=free, config=config)
+    admitted = number(last, "ledger/admitted")
+    if admitted is not None:
+        parts = {n: number(last, f"ledger/{n}") or 0.0 for n in ("running", "ready", "in_batch", "trained", "dropped")}
         text = " + ".join(f"{int(v)} {n.replace('_', ' ')}" for n, v in parts.items())
         balanced = abs(admitted - sum(parts.values())) < 0.5
         lines.append(
@@ -83,27 +99,76 @@ def examine_run(run_dir: Path) -> tuple[list[str], bool]:
         k.removeprefix("time/").removesuffix("_s"): sum(v) / len(v)
         for k in last
         if k.startswith("time/") and k not in ("time/step_s", "time/elapsed_s")
-        if (v := [r[k] for r in recent if _is_number(r.get(k))])
+        if (v := [x for r in recent if (x := number(r, k)) is not None])
     }
     if means:
         slow = max(means, key=lambda k: means[k])
         lines.append(f"slowest phase {slow}, {means[slow]:.2f} s of a step (mean of the last {len(recent)} steps)")
     for key in ("mismatch/kl_k3", "staleness/max", "groups/zero_spread"):
-        if _is_number(last.get(key)):
-            lines.append(f"{key:<13} {last[key]:.3g}")
+        if (value := number(last, key)) is not None:
+            lines.append(f"{key:<13} {value:.3g}")
     events = [r for r in rows if r["kind"] == "event"]
-    lines += [
-        f"event         step {e['step']}: {' '.join(str(e.get('message', '')).split())[:150]}" for e in events[-5:]
-    ]
+    lines += [f"event         step {e['step']}: {_told(e)}" for e in events[-5:]]
     lines.append(f"finished      {'yes' if finished else 'no summary.json: still going, or stopped'}")
     lines += [
         "",
         "what to know, what matters most first:" if found else "nothing limits this run much, and nothing is wrong",
     ]
-    for number, finding in enumerate(found, start=1):
-        lines.append(f"  {number}. {'BROKEN: ' if finding.rank == BROKEN else ''}{finding.what}")
+    for place, finding in enumerate(found, start=1):
+        lines.append(f"  {place}. {'BROKEN: ' if finding.rank == BROKEN else ''}{finding.what}")
         lines.append(f"     -> {finding.change}")
     return lines, all(finding.rank != BROKEN for finding in found)
+
+
+def _rows(run_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a run, and a line about those that cannot be read."""
+    notes: list[str] = []
+    path = run_dir / "metrics.jsonl"
+    return (read_rows(path, notes), [f"              {n}" for n in notes]) if path.is_file() else ([], [])
+
+
+def _told(event: Mapping[str, Any]) -> str:
+    return " ".join(str(event.get("message", "")).split())[:150]
+
+
+def _config(run_dir: Path) -> dict[str, Any]:
+    from cluster.config import load_saved
+
+    try:
+        found = load_saved(run_dir / "config.yaml")
+    except (UserError, ImportError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _unstarted(
+    run_dir: Path, rows: Sequence[dict[str, Any]], config: Mapping[str, Any], now: float, finished: bool
+) -> tuple[list[str], bool]:
+    """A folder without an optimiser step: no run, one that makes none, one that comes up, or one that never did."""
+    saved = run_dir / "config.yaml"
+    if finished:
+        return [f"run {run_dir} is finished; it trained nothing"], True
+    if not saved.is_file():
+        return [
+            f"{run_dir} holds no run: there is no config.yaml and no optimiser step; give the folder of a run"
+        ], False
+    events = [r for r in rows if r["kind"] == "event"]
+    phase, began = phase_of(events)
+    heard = max(
+        [saved.stat().st_mtime, *(number(e, "time") or 0.0 for e in events), *(s.ended for s in read_spans(run_dir))]
+    )
+    quiet, limit = now - heard, PHASE_S
+    if phase == "training":  # the run itself ends when nothing comes for so long
+        quiet, limit = now - began, max(PHASE_S, number({"s": setting(config, "train", "batch_timeout_s")}, "s") or 0.0)
+    where = f", at “{phase}” since {short_time(max(0.0, now - began))}" if phase else ""
+    line = f"run {run_dir} has no finished step yet{where}"
+    if quiet < limit:
+        return [line], True
+    last = _told(events[-1]) if events else "none"
+    return [
+        f"{line}; BROKEN: it is stuck, or was stopped or killed: nothing came of it for {short_time(quiet)}; the last event: {last}",
+        "     -> see logs/ in the run's folder, and start it again with resume=auto",
+    ], False
 
 
 def _packages() -> tuple[list[str], bool]:
@@ -146,10 +211,16 @@ def _machine() -> list[str]:
 
 def _fits() -> list[str]:
     """Sizes of policy that this machine could train, by memory alone."""
-    free = free_memory() / GIB
-    lines = ["what fits     (memory of this machine, one engine of 0.5 GiB cache, full training in float32)"]
+    try:
+        from cluster.schema import RunConfig
+    except ImportError as error:
+        return [f"what fits     not known before everything is installed ({error})"]
+    free, config = free_memory() / GIB, RunConfig()
+    lines = [
+        "what fits     (memory of this machine, one engine on CPU, full training in float32, a checkpoint being written)"
+    ]
     for name, billions in (("3 M (the demo)", 0.003), ("0.6 B", 0.6), ("1.7 B", 1.7), ("4 B", 4.0), ("8 B", 8.0)):
-        need = 1e9 * billions * (4 + 16) / GIB + 0.5 + ENGINE_GIB + BASE_GIB + 1.0
+        need = host_gib(config, ModelShape("", round(1e9 * billions), 0, 0))
         lines.append(f"  {name:<15} needs about {need:6.1f} GiB: {'fits' if need <= free else 'does not fit'}")
     return lines
 
@@ -202,7 +273,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

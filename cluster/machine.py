@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from cluster.errors import UserError
 from cluster.model import ModelShape
 from cluster.rundir import storage_dir
-from cluster.sizes import GIB, gib, host_gib, needs, shares
+from cluster.sizes import GIB, gib, host_gib, needs, passing_gib, published_gib, shares
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
@@ -61,11 +61,17 @@ def check_memory(config: RunConfig, shape: ModelShape, *, free_bytes: int | None
         if sampler.gpus
         else "lower engine.kv_cache_gb, or use a machine with more memory"
     )
-    parts = [f"{s.count} x {each[s.actor]:.1f} for {s.actor}s" for s in (sampler, learner) if not s.gpus]
-    rest = need - sum(s.count * each[s.actor] for s in (sampler, learner))
+    published, passing = published_gib(config, shape), passing_gib(config, shape)
+    rest = need - published - passing - sum(s.count * each[s.actor] for s in (sampler, learner))
+    parts = [
+        *(f"{s.count} x {each[s.actor]:.1f} for {s.actor}s" for s in (sampler, learner) if not s.gpus),
+        f"{published:.1f} for published weights",
+        f"{passing:.1f} while learners load or save",
+        f"{rest:.1f} for the rest",
+    ]
     raise UserError(
-        f"not enough memory: about {need:.1f} GiB are needed ({', '.join([*parts, f'{rest:.1f} for the rest'])}), "
-        f"{free:.1f} GiB are free; {f'set fleet.num_engines={fit}' if fit >= 1 else mend}"
+        f"not enough memory: about {need:.1f} GiB are needed{' beside the GPUs' if sampler.gpus or learner.gpus else ''} "
+        f"({', '.join(parts)}), {free:.1f} GiB are free; {f'set fleet.num_engines={fit}' if fit >= 1 else mend}"
     )
 
 

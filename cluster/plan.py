@@ -7,6 +7,7 @@ Invariants: nothing is started, and nothing is written; all that is missing is s
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,12 @@ from cluster.errors import UserError
 from cluster.machine import free_memory, machine_gpus
 from cluster.model import ModelShape, model_shape
 from cluster.preflight import findings
-from cluster.rundir import storage_dir
-from cluster.sizes import Share, checkpoints_gib, gib, host_gib, needs, published_gib, rest_gib, saved_gib, shares
+from cluster.rundir import find_run
+from cluster.runtime import RayUnreachable, joined_address
+from cluster.sizes import Share, checkpoints_gib, gib, host_gib, needs, passing_gib, published_gib, rest_gib, shares
 
 if TYPE_CHECKING:
+    from cluster.learner import TrainConfig
     from cluster.schema import RunConfig
 
 OTHERS = ("driver", "fleet", "buffer", "retrieval", "reward")
@@ -42,23 +45,31 @@ class Plan:
 def plan(config: RunConfig) -> Plan:
     """The plan of `config` on this machine, or on the cluster it names."""
     missing = findings(config)
-    local = config.ray.address == "local"
-    gpus = machine_gpus() if local and needs(config).get("GPU") else []
+    try:
+        joined = joined_address(config.ray)
+    except RayUnreachable:  # one of the findings
+        joined = os.environ.get("RAY_ADDRESS") or config.ray.address
+    gpus = machine_gpus() if not joined and needs(config).get("GPU") else []
     shape = model_shape(config.model)
-    lines = [*_what(config, shape), *_actors(config, shape, min(gpus, default=None)), *_sizes(config, shape, gpus)]
+    lines = [
+        *_what(config, shape, joined),
+        *_actors(config, shape, min(gpus, default=None)),
+        *_sizes(config, shape, gpus, local=not joined),
+    ]
     return Plan(tuple(lines), tuple(missing))
 
 
-def _what(config: RunConfig, shape: ModelShape | None) -> list[str]:
-    where = "a Ray of its own, on this machine" if config.ray.address == "local" else f"the Ray at {config.ray.address}"
+def _what(config: RunConfig, shape: ModelShape | None, joined: str) -> list[str]:
+    where = f"the Ray at {joined}" if joined else "a Ray of its own, on this machine"
     about = f"{shape.architecture}, {_count(shape.num_parameters)} parameters" if shape else "of unknown size"
     try:
-        folder = str(storage_dir(config.storage_path) / config.name)
+        _, folder, resumed = find_run(config)
+        run = f"{folder}, {'which goes on, ' if resumed else ''}on {where}"
     except UserError:
-        folder = f"{config.storage_path}/{config.name}"
+        run = f"{config.resume or f'{config.storage_path}/{config.name}'}, on {where}"
     judge = f"{config.judge.model} at {config.judge.base_url}" if config.judge.kind == "chat" else config.judge.kind
     return [
-        f"run         {folder}, on {where}",
+        f"run         {run}",
         f"policy      {config.model.path or '(none)'} ({config.model.init}), {about}, protocol {config.protocol.name}",
         f"world       {config.world.kind}, retrieval {config.retrieval.kind}; reward {config.reward.name}, judge {judge}",
         f"learning    {config.advantage.name}, lr {config.learner.lr:g}, {config.train.steps} steps",
@@ -81,21 +92,22 @@ def _row(share: Share, *, known: bool) -> str:
     return f"  {share.actor:<9} {share.count:>6}  {share.cpus:>4g}  {share.gpus:>4g}  {memory}"
 
 
-def _sizes(config: RunConfig, shape: ModelShape | None, gpus: list[float]) -> list[str]:
+def _sizes(config: RunConfig, shape: ModelShape | None, gpus: list[float], *, local: bool) -> list[str]:
     """What all of it takes together."""
     asked = ", ".join(f"{amount:g} {kind}" for kind, amount in sorted(needs(config).items()))
     episodes, ahead = config.buffer.groups_per_batch * config.buffer.group_size, config.buffer.max_staleness + 1
     tokens = episodes * config.sampling.max_context
     lines = [f"asks Ray    {asked}"]
     if shape is not None:
-        free = f" of {_size(gib(free_memory()))} free" if config.ray.address == "local" else ""
+        free = f" of {_size(gib(free_memory()))} free" if local else ""
         on_gpus = sum(s.count * s.each_gib for s in shares(config, shape, min(gpus, default=None)) if s.gpus)
         lines += [
             f"memory      {_size(host_gib(config, shape))}{free} on the machine, with {_size(published_gib(config, shape))} of shared memory "
-            f"for published weights and {_size(saved_gib(config, shape))} while a checkpoint is written; the index is not counted",
+            f"for published weights and {_size(passing_gib(config, shape))} while learners load or a checkpoint is written; the index is not "
+            "counted",
             *([f"            {_size(on_gpus)} on GPUs; activations are not counted"] if on_gpus else []),
             f"disk        checkpoints of at most {_size(checkpoints_gib(config, shape))} ({config.train.keep_checkpoints} kept, one being "
-            f"written), one every {config.train.checkpoint_every or config.train.steps} steps",
+            f"written), {_checkpoints(config.train)}",
         ]
     shared = math.ceil(tokens / max(1, config.train.num_workers))
     return [
@@ -104,6 +116,14 @@ def _sizes(config: RunConfig, shape: ModelShape | None, gpus: list[float]) -> li
         f"{config.buffer.group_size}) of at most {config.sampling.max_context:,}; {shared:,} a learner",
         f"staleness   at most {config.buffer.max_staleness}: {episodes * ahead} episodes at most are running or waiting",
     ]
+
+
+def _checkpoints(train: TrainConfig) -> str:
+    """When one is written, by steps and by the clock."""
+    steps, minutes = train.checkpoint_every, train.checkpoint_minutes
+    if steps and minutes:
+        return f"one every {steps} steps, and sooner once {minutes:g} minutes have passed"
+    return f"one every {minutes:g} minutes" if minutes else f"one every {steps or train.steps} steps"
 
 
 def _size(size_gib: float) -> str:

@@ -8,6 +8,7 @@ plain values, so that it can be tried by itself; heavy libraries are not importe
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -24,6 +25,7 @@ from cluster.machine import check_endpoint as check_endpoint
 from cluster.machine import check_gpus, check_memory, check_port, check_ray, check_storage
 from cluster.machine import free_memory as free_memory
 from cluster.model import ModelShape, model_shape, read_json, resolve
+from cluster.rundir import find_run
 from cluster.sizes import BASE_GIB as BASE_GIB
 from cluster.sizes import CPU_KV_GIB, checkpoints_gib, gib, kv_bytes_per_token
 from cluster.sizes import ENGINE_GIB as ENGINE_GIB
@@ -81,8 +83,18 @@ def checks(config: RunConfig) -> Iterator[Check]:
         on_cpu, given = not config.fleet.num_gpus, config.engine.kv_cache_gb
         per_token = kv_bytes_per_token(config.engine, shape, on_cpu=on_cpu) // max(1, config.engine.tensor_parallel)
         yield partial(check_cache, CPU_KV_GIB if given is None else given, per_token, config.engine.max_model_len)
-    saved = checkpoints_gib(config, shape) if shape else 0.0
-    yield partial(check_storage, config.storage_path, need_bytes=int((saved + 0.5) * GIB))
+    storage = config.storage_path
+    there = 0.0
+    if config.resume:
+        yield partial(find_run, config)
+        with contextlib.suppress(UserError):
+            folder = find_run(config)[1]
+            storage = str(folder.parent)  # a run may go on elsewhere
+            there = (
+                sum(f.stat().st_size for f in folder.glob("checkpoints/step-*/*")) / GIB
+            )  # these go as new ones come
+    saved = max(0.0, checkpoints_gib(config, shape) - there) if shape else 0.0
+    yield partial(check_storage, storage, need_bytes=int((saved + 0.5) * GIB))
     if config.judge.kind == "chat":
         yield partial(check_key, config.judge.api_key_env, "judge.api_key_env")
         if config.judge.base_url.startswith("http"):  # what else it may be, its section's check says

@@ -21,18 +21,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from agents.advantages import AdvantageConfig, masked_cause, to_samples
+from agents.advantages import masked_cause
 from agents.sharding import shard
 from agents.types import Group, RecordError
 from cluster.batch import Batch, make_batch, sample_age
-from cluster.buffer import BufferSetup, Fenced, OutOfOrder
-from cluster.errors import UserError
+from cluster.buffer import BufferSetup, OutOfOrder
+from cluster.errors import Fenced
 from cluster.ledger import Counts
-from cluster.record import Recording, check_speech, groups_dir
+from cluster.record import Recording
+from cluster.replayplan import alone, check, check_recording
+from cluster.sizes import needs
 from cluster.watchdog import Pulse, pulse_of
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
+
+__all__ = ["Replay", "Staff", "check", "run_replay"]
 
 
 class _Made(NamedTuple):
@@ -71,6 +75,12 @@ class Replay:
 
     async def enter(self, saved: Mapping[str, Any] | None, learner: Any = None) -> int:
         """A learner begins, from a checkpoint's `saved` state or from the start; returns its incarnation."""
+        self._learners_in_a_row += 1
+        if self._learners_in_a_row > self._setup.max_learner_failures:
+            self._fatal = self._fatal or (
+                f"{self._learners_in_a_row - 1} learners ended one after the other without an optimiser step; "
+                "their errors stand in Ray's logs of the workers (ray_train/ of the run, and the console with ray.log_to_driver=true)"
+            )
         if saved and "cursor" not in saved:
             raise RecordError(
                 "the checkpoint is of a live run; to replay from its weights, start a run of its own with model.path= and name="
@@ -79,6 +89,7 @@ class Replay:
         if "recording" in saved and saved["recording"]["hash"] != self._mark["hash"]:
             self._recording.keep(saved["recording"])
             self._mark, self._ahead = self._recording.mark, None
+            self._say(f"the recording has grown; the replay goes on with its first {len(self._recording)} groups")
         self._incarnation = max(self._incarnation, int(saved["incarnation"])) + 1
         self._step, self._cursor, self._trained = (int(saved[k]) for k in ("step", "cursor", "trained"))
         self._dropped = Counter(saved["dropped"])
@@ -89,12 +100,6 @@ class Replay:
                 {"kind": "fence", "step": self._step, "time": time.time(), "incarnation": self._incarnation}
             )
             self._say(f"learner {self._incarnation} begins at step {self._step}, group {self._cursor} of the replay")
-        self._learners_in_a_row += 1
-        if self._learners_in_a_row > self._setup.max_learner_failures:
-            self._fatal = self._fatal or (
-                f"{self._learners_in_a_row - 1} learners ended one after the other without an optimiser step; "
-                "their errors stand in the logs/ folder of the run"
-            )
         return self._incarnation
 
     async def next_batch(
@@ -251,31 +256,6 @@ def trained_at(group: Group, step: int) -> int:
     return step if step >= 0 else max((v.step for t in group.trajectories for v in t.versions), default=0)
 
 
-def check_recording(recording: Recording, advantage: AdvantageConfig, groups_per_batch: int) -> None:
-    """What a first look can tell. Raises RecordError, one line, when the groups cannot be trained in this way."""
-    if len(recording) < groups_per_batch:
-        raise RecordError(
-            f"{recording.folder} holds {len(recording)} groups, which is less than one batch; "
-            f"set buffer.groups_per_batch={len(recording)} or less"
-        )
-    entry, group = next(
-        ((e, g) for e in recording.entries for g in [e.frame.read(Group)] if not all(map(masked_cause, g.members))),
-        (None, None),
-    )
-    if entry is None or group is None:
-        raise RecordError(f"no group in {recording.folder} was judged, so there is nothing to train; give another run")
-    try:
-        to_samples(group, advantage)
-    except RecordError as error:
-        raise RecordError(f"{entry.frame.path}:{entry.frame.number}: {error}") from None
-    lazy = [v for v in group.verdicts if v.parts.get("rubric_judged") == 0]
-    if lazy and advantage.name == "c_grpo" and not advantage.correct_only:
-        raise RecordError(
-            f"{recording.folder} was recorded with lazy rubrics: wrong answers have none; "
-            "advantage.correct_only=false needs a recording with reward.lazy_rubrics=false"
-        )
-
-
 # ------------------------------------------------------------------------------------------------------ driver
 
 
@@ -321,8 +301,7 @@ def run_replay(config: RunConfig) -> dict[str, Any]:
         with teller.phase("model and Ray"):
             model = prepare_model(config.model, folder.path, config.seed)
             train = config.train
-            wanted = {"CPU": train.num_workers * train.worker_cpus, "GPU": train.num_workers * train.worker_gpus}
-            stack.enter_context(ray_session(config.ray, {kind: n for kind, n in wanted.items() if n}))
+            stack.enter_context(ray_session(config.ray, needs(alone(config))))
         with teller.phase("training"):
             setup = BufferSetup(
                 config.buffer,
@@ -343,46 +322,3 @@ def run_replay(config: RunConfig) -> dict[str, Any]:
         }  # fmt: skip
         teller.log.summary(summary)
     return result(folder, summary)
-
-
-def check(config: RunConfig) -> Path:
-    """All that can be known to be wrong before anything is started or written. Returns the folder of the groups."""
-    from cluster.machine import check_ray, check_storage
-    from cluster.model import resolve
-    from cluster.preflight import check_policy, check_section, check_settings, check_tokenizer
-    from cluster.rundir import find_run, storage_dir
-    from cluster.runtime import joined_address
-    from cluster.speech import make_speech
-
-    for section in (config.advantage, config.learner, config.buffer, config.train):
-        check_section(section)
-    check_settings(config)
-    given = Path(config.replay).expanduser()
-    source = groups_dir(given if given.is_dir() else storage_dir(config.storage_path) / config.replay)
-    run_dir = find_run(config)[1]
-    if run_dir.resolve() in (source.resolve(), source.resolve().parent):
-        raise UserError(f"the replay of {run_dir} would take the place of what it reads; give it another name=")
-    recording = Recording(source)
-    model = resolve(config.model.path)
-    tokenizer = resolve(config.model.tokenizer) if config.model.tokenizer else model
-    check_policy(config, model)
-    check_recording(recording, config.advantage, config.buffer.groups_per_batch)
-    check_tokenizer(tokenizer, model)
-    check_speech(recording.manifest, make_speech(str(tokenizer), config.protocol), source)
-    check_storage(config.storage_path)
-    if joined := joined_address(config.ray):
-        check_ray(joined)
-    return source
-
-
-def plan_replay(config: RunConfig) -> list[str]:
-    """What a replay would do, for `--dry-run`. Raises what is wrong with it."""
-    recording, train = Recording(check(config)), config.train
-    groups = config.buffer.groups_per_batch * train.steps
-    order = "as they were trained" if recording.entries[0].step >= 0 else "as they were recorded"
-    return [
-        f"replay      {recording.folder}: {len(recording)} groups, {order}",
-        f"learning    {config.advantage.name}, lr {config.learner.lr:g}, {train.steps} steps of "
-        f"{config.buffer.groups_per_batch} groups: {groups / len(recording):.2f} passes",
-        "Nothing was started.",
-    ]

@@ -46,6 +46,7 @@ from cluster.errors import one_line
 from cluster.vllm.preflight import EngineError
 from cluster.watchdog import Pulse, Waits, pulse_of
 from envs.config import SandboxConfig
+from envs.guard import guard_of
 from envs.sandbox import Session
 
 
@@ -291,7 +292,7 @@ class RolloutWorker:
             Sampling(temperature=warmth, max_tokens=play.sampling.max_turn_tokens),
         )
         count = speech.count_tokens if play.sandbox.max_observation_tokens else None
-        sandbox = Session(self._backend, play.sandbox, count_tokens=count)
+        sandbox = Session(self._backend, play.sandbox, guard=guard_of(play.sandbox, task), count_tokens=count)
         try:
             return await collect(task, identity, self._policy, sandbox, speech, play.sampling)
         except PolicyFailed as error:

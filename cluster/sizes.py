@@ -25,7 +25,7 @@ BASE_GIB = 2.0
 TRAIN_BYTES_PER_PARAMETER = 16
 """float32 weights, gradients and two moments."""
 SAVED_BYTES_PER_PARAMETER = 12
-"""float32 weights and two moments."""
+"""float32 weights and two moments: what a checkpoint takes on disk, and at most in memory while it is written."""
 CPU_KV_GIB = 0.5
 """Cache of an engine on CPU that is told nothing."""
 
@@ -99,7 +99,17 @@ def host_gib(config: RunConfig, shape: ModelShape) -> float:
     both = shares(config, shape)
     here = sum(s.count * s.each_gib for s in both if not s.gpus)
     beside = sum(s.count * (ENGINE_GIB if s.actor == "sampler" else LEARNER_GIB) for s in both if s.gpus)
-    return here + beside + published_gib(config, shape) + saved_gib(config, shape) + rest_gib(config)
+    return here + beside + published_gib(config, shape) + passing_gib(config, shape) + rest_gib(config)
+
+
+def passing_gib(config: RunConfig, shape: ModelShape) -> float:
+    """What is taken for a while: as learners load, or as a checkpoint is written, which do not happen at once."""
+    return max(loading_gib(config, shape), saved_gib(config, shape))
+
+
+def loading_gib(config: RunConfig, shape: ModelShape) -> float:
+    """Learners on GPUs read the whole model into the machine's memory first, all at once; those on CPUs keep it there."""
+    return gib(4 * shape.num_parameters) * config.train.num_workers if config.train.worker_gpus else 0.0
 
 
 def rest_gib(config: RunConfig) -> float:
@@ -108,7 +118,7 @@ def rest_gib(config: RunConfig) -> float:
 
 
 def saved_gib(config: RunConfig, shape: ModelShape) -> float:
-    """One checkpoint; the first learner holds it whole while it writes it."""
+    """One checkpoint. The first learner alone gathers it, the weights and then the moments."""
     return gib((4 if config.learner.lora.rank else SAVED_BYTES_PER_PARAMETER) * shape.num_parameters)
 
 

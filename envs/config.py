@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SNIPPET_MODES = ("lead", "window")
+LEAK_GUARDS = ("off", "question")
 
 
 @dataclass
@@ -43,6 +44,8 @@ class SandboxConfig:
     """Most matches a find shows."""
     fuzzy_find: bool = False
     """Let find fall back to windows that share 0.8 of the pattern's words."""
+    leak_guard: str = "off"
+    """`question`: pages that share 13 words in a row with the question (or hold a shorter one) are not shown."""
     call_timeout_s: float = 30.0
     """Longest single attempt of a call."""
     retries: int = 2
@@ -53,6 +56,8 @@ class SandboxConfig:
     def __post_init__(self) -> None:
         if self.snippet_mode not in SNIPPET_MODES:
             raise ValueError(f"snippet_mode {self.snippet_mode!r} is not one of {', '.join(SNIPPET_MODES)}")
+        if self.leak_guard not in LEAK_GUARDS:
+            raise ValueError(f"leak_guard {self.leak_guard!r} is not one of {', '.join(LEAK_GUARDS)}")
         for name in ("default_k", "max_k", "snippet_chars", "page_chars", "max_query_chars", "max_matches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

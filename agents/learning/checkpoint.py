@@ -83,6 +83,10 @@ def save_checkpoint(
     return path
 
 
+class WrongFormat(CheckpointError):
+    """A checkpoint of another version of this format."""
+
+
 def checkpoint_name(step: int) -> str:
     """Name of the folder of a step's checkpoint; names sort by step."""
     return f"{PREFIX}{step:06d}"
@@ -97,7 +101,8 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a line for each damaged one, which is renamed so that nobody takes it for whole.
 
-    None: there is no checkpoint at all. Raises CheckpointError when there were some and none of them is whole.
+    None: there is no checkpoint at all. Raises CheckpointError when there were some and none of them is whole (also when
+    that was found at an earlier start), or when one is of another format.
     """
     lines: list[str] = []
     found = checkpoints(folder)
@@ -105,14 +110,19 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
         try:
             verify_checkpoint(path)
             return path, lines
-        except CheckpointError as error:
+        except WrongFormat:
+            raise  # whole, but not for this version: nothing is set aside
+        except (CheckpointError, OSError) as error:
             aside = path.with_name(f"{DAMAGED}{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
             lines.append(f"checkpoint {path.name} is damaged and was set aside as {aside.name}: {error}")
-    if found:
+    damaged = sorted(p.name for p in Path(folder).glob(f"{DAMAGED}{PREFIX}*"))
+    if damaged:
+        why = f" ({lines[0]})" if lines else ""
         raise CheckpointError(
-            f"none of the {len(found)} checkpoints in {folder} is whole ({lines[0]}); start the run anew"
+            f"no checkpoint in {folder} is whole: {', '.join(damaged[-3:])} were set aside{why}; mend one and rename it back, or "
+            "start the run anew under another name="
         )
     return None, lines
 
@@ -175,7 +185,7 @@ def verify_checkpoint(path: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged (not the expected JSON); {MEND}") from error
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {manifest.get('format')}; this version reads format {FORMAT}")
+        raise WrongFormat(f"{path}: checkpoint format {manifest.get('format')}; this version reads format {FORMAT}")
     for name, size, digest in listed:
         file = path / name
         if not file.is_file():

@@ -17,7 +17,7 @@ from agents.report import charts as draw
 from agents.report.charts import Chart, Mark, Series, interval_chart, share_bar, short
 from agents.report.findings import LIMIT, findings
 from agents.report.gantt import windows
-from agents.report.load import RunData, load_run, number
+from agents.report.load import RunData, clock, load_run, number
 from agents.report.timeline import group_view
 from agents.report.timeuse import actor_table, colour, duration, time_charts
 
@@ -38,7 +38,7 @@ def build_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         path = path / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(render(run), encoding="utf-8")
+    part.write_text(render(run), encoding="utf-8", errors="replace")  # JSON may hold half a character
     part.replace(path)
     return path
 
@@ -72,7 +72,7 @@ def render(run: RunData) -> str:
         ledger=ledger(run),
         phases=phases(run),
         groups=groups,
-        events=[{**e, "clock": _clock(e.get("time"))} for e in events(run)[-200:]],
+        events=[{**e, "clock": clock(number(e, "time"))} for e in events(run)[-200:]],
         made=time.strftime("%Y-%m-%d %H:%M"),
     )
 
@@ -100,24 +100,20 @@ def facts(run: RunData) -> list[tuple[str, str]]:
     """The few numbers worth a look at the top."""
     last = run.train[-1] if run.train else {}
     made: list[tuple[str, str]] = []
-    steps = run.summary.get("steps", last.get("step"))
-    if isinstance(steps, (int, float)):
+    steps = number(run.summary, "steps") or number(last, "step")
+    if steps is not None:
         made.append(("optimiser steps", f"{int(steps):,}"))
-    tokens = run.summary.get("sampled_tokens", run.summary.get("tokens"))
-    if isinstance(tokens, dict):
-        tokens = tokens.get("trained", tokens.get("total"))
-    if isinstance(tokens, (int, float)):
-        made.append(("tokens", short(float(tokens))))
+    tokens = number(run.summary, "sampled_tokens") or number(run.summary, "tokens")
+    if tokens is not None:
+        made.append(("tokens", short(tokens)))
     seconds = run.summary.get("seconds")
-    total = (
-        seconds.get("total", sum(v for v in seconds.values() if isinstance(v, (int, float))))
-        if isinstance(seconds, dict)
-        else None
-    )
-    if total is None and len(run.train) > 1:
+    total = None
+    if isinstance(seconds, dict):
+        total = number(seconds, "total") or sum(number(seconds, k) or 0.0 for k in seconds)
+    elif len(run.train) > 1:
         total = (number(run.train[-1], "time") or 0) - (number(run.train[0], "time") or 0)
     if total:
-        made.append(("duration", duration(float(total))))
+        made.append(("duration", duration(total)))
     rate = [v for r in run.train if (v := number(r, "tokens_per_s")) is not None]
     if rate:
         made.append(("tokens per second", short(sum(rate) / len(rate))))
@@ -212,9 +208,7 @@ def phases(run: RunData) -> list[tuple[str, str, float]]:
     seconds = run.summary.get("seconds")
     if not isinstance(seconds, dict):
         return []
-    found = [
-        (str(k).replace("_", " "), float(v)) for k, v in seconds.items() if isinstance(v, (int, float)) and k != "total"
-    ]
+    found = [(k.replace("_", " "), v) for k in seconds if (v := number(seconds, k)) is not None and k != "total"]
     longest = max((v for _, v in found), default=0.0) or 1.0
     return [(name, duration(v), 100 * v / longest) for name, v in found]
 
@@ -236,7 +230,3 @@ def _success(found: Any) -> tuple[float, float, float, int] | None:
     mean = number(found, "mean") or 0.0
     low, high = number(found, "low"), number(found, "high")
     return mean, mean if low is None else low, mean if high is None else high, int(number(found, "n") or 0)
-
-
-def _clock(at: Any) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(at)) if isinstance(at, (int, float)) else ""

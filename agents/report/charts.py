@@ -302,7 +302,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that span [low, high]."""
     if high <= low:
         high = low + 1.0
-    rough = (high - low) / count
+    rough = max((high - low) / count, 1e-300)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

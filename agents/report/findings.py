@@ -20,6 +20,10 @@ RECENT = 50
 STALL = 10.0
 """Times the usual step time without a step after which somebody must be stuck."""
 MIN_STALL_S = 120.0
+PHASE_S = 1800.0
+"""How long a part of the run that makes no optimiser steps may take before somebody must be stuck."""
+PHASE = re.compile(r"^[\w, ]+ \.\.\.$")
+"""The event with which a part of a run begins, such as “evaluation after training ...”."""
 MIN_FREE_BYTES = 2 * 2**30
 RESTARTED = re.compile(
     r"^(?:(?P<actor>learner) \d+ begins at step|(?P<other>[a-z]+)(?:-\d+)? (?:was fenced|was killed|died)\b)"
@@ -49,8 +53,10 @@ def findings(
     now: float | None = None,
     finished: bool = False,
     free_bytes: float | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> list[Finding]:
-    """All findings, most important first. `rows`: all kinds, in the order they were written."""
+    """All findings, most important first. `rows`: all kinds, in the order they were written; `config`: the run's, resolved."""
+    config = config or {}
     train = [dict(r) for r in rows if r.get("kind") == "train" and isinstance(r.get("step"), int)]
     events = [r for r in rows if r.get("kind") == "event"]
     whole = whole_steps(train, [dict(r) for r in rows if r.get("kind") == "publish"], spans)
@@ -58,11 +64,11 @@ def findings(
         whole[-RECENT:] if len(whole) < 4 else whole[max(1, len(whole) - RECENT) :]
     )  # the first holds the set-up
     made = [
-        *_stalled(train, events, spans, recent, now, finished),
+        *_stalled(train, events, spans, recent, now, finished, config),
         *_ledger(train),
         *_disk(free_bytes),
         *_limits(recent, _idle(spans, recent)),
-        *_learning(recent),
+        *_learning(recent, setting(config, "advantage", "name")),
         *_restarts(train, events),
     ]
     return sorted(made, key=lambda f: (-f.rank, -f.weight))
@@ -189,16 +195,21 @@ def _learner(mean: Means, wait: float, train: float, step_s: float) -> Finding:
 
 def _stalled(
     train: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], spans: Sequence[Span], mean: Means,
-    now: float | None, finished: bool,
+    now: float | None, finished: bool, config: Mapping[str, Any],
 ) -> list[Finding]:  # fmt: skip
-    """No optimiser step for long: who did something last, and who did not."""
+    """No optimiser step for long, though one is due: who did something last, and who did not."""
     at = number(dict(train[-1]), "time") if train else None
-    if finished or now is None or at is None:
+    steps = setting(config, "train", "steps")
+    if finished or now is None or at is None or (isinstance(steps, int) and train[-1]["step"] >= steps):
         return []
     since, usual = now - at, mean("time/step_s") or 1.0
-    if since < (long := max(MIN_STALL_S, STALL * usual)):
+    phase, began = phase_of(events)
+    in_phase = phase and began > at  # it comes up again, or plays its last evaluation: no step, and it may take long
+    if since < (long := max(MIN_STALL_S, STALL * usual)) or (in_phase and now - began < PHASE_S):
         return []
     what = f"no optimiser step for {_s(since)} (one takes {_s(usual)})"
+    if in_phase:
+        what += f"; “{phase}” began {_s(now - began)} ago"
     last: dict[str, Span] = {}
     for span in spans:
         if span.ended > max(at - long, last[span.actor].ended if span.actor in last else 0.0):
@@ -225,6 +236,21 @@ def _stalled(
     if events:
         what += f"; the last event: {_line(events[-1])}"
     return [Finding(BROKEN, 3, what, change)]
+
+
+def phase_of(events: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
+    """The part of the run that began last, and when (unix seconds)."""
+    for event in reversed(events):
+        message, at = str(event.get("message", "")), number(event, "time")
+        if at is not None and PHASE.match(message):
+            return message.removesuffix(" ..."), at
+    return "", 0.0
+
+
+def setting(config: Mapping[str, Any], section: str, key: str) -> Any:
+    """A value of a resolved config, None where it is not there."""
+    found = config.get(section)
+    return found.get(key) if isinstance(found, Mapping) else None
 
 
 def _phases(last: Mapping[str, Span], waited: str) -> str:
@@ -266,7 +292,7 @@ def _disk(free_bytes: float | None) -> list[Finding]:
     )]  # fmt: skip
 
 
-def _learning(mean: Means) -> list[Finding]:
+def _learning(mean: Means, advantage: str | None) -> list[Finding]:
     """What costs learning, not time."""
     made = []
     kl = mean("mismatch/kl_k3")
@@ -277,7 +303,7 @@ def _learning(mean: Means) -> list[Finding]:
             "the same engine.dtype and learner.dtype, engine.kv_after_update=recompute, a smaller buffer.max_staleness or learner.lr",
         ))  # fmt: skip
     groups, same = mean("groups/count"), mean("groups/zero_spread")
-    if groups and same / groups >= 0.5:
+    if groups and same / groups >= 0.5 and advantage != "raft":  # which learns from groups that are all right
         success = mean("success")
         why = "too easy" if success >= 0.7 else "too hard" if success <= 0.3 else "of one outcome each"
         made.append(Finding(

@@ -7,13 +7,12 @@ few optimiser steps; the page shows the last one and leafs to earlier ones. Ever
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 from agents.report.charts import short, svg, ticks
-from agents.report.load import RunData, number
+from agents.report.load import RunData, clock, number
 from agents.report.spans import Span, actor_order
 from agents.report.timeuse import colour
 
@@ -133,7 +132,7 @@ def _window(
     lines = [_step(x(at), step, bottom) for at, step in settled if began < at <= ended]
     here = [m for m in marks if began <= m.time <= ended]
     flags = [_flag(x(m.time), middle.get(m.actor), bottom, n, m) for n, m in enumerate(here, start=1)]
-    listed = [(n, _clock(m.time), m.text, m.good) for n, m in enumerate(here, start=1)]
+    listed = [(n, clock(m.time), m.text, m.good) for n, m in enumerate(here, start=1)]
     words = f"{len(shown)} spans of {len(actors)} actors, {ended - began:.0f} seconds"
     picture = svg(
         f"Timeline of {title}",
@@ -196,7 +195,3 @@ def _elapsed(seconds: float) -> str:
             else f"{whole // 60}:{whole % 60:02d}"
         )
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
-
-
-def _clock(at: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(at))

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agents.plain import from_plain
 from agents.recordfile import RecordReader
-from agents.report.spans import Span, read_spans, seconds_by
+from agents.report.spans import MAX_COUNT, Span, read_spans, seconds_by
 from agents.types import Group, RecordError
+
+LARGEST = 1e300
+"""What is larger is no measurement, and sums of it would not be finite."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def load_run(run_dir: str | Path, max_groups: int = 8) -> RunData:
     """Read a run's folder. Raises RecordError when it holds no run at all."""
     folder = Path(run_dir)
     notes: list[str] = []
-    rows = _read_rows(folder / "metrics.jsonl", notes)
+    rows = read_rows(folder / "metrics.jsonl", notes)
     summary = _read_summary(folder / "summary.json", notes)
     groups = _read_groups(folder / "trajectories.jsonl", max_groups, notes)
     config = folder / "config.yaml"
@@ -93,12 +96,17 @@ def load_run(run_dir: str | Path, max_groups: int = 8) -> RunData:
     )
 
 
-def number(row: dict[str, Any], key: str) -> float | None:
-    """A finite number of a row, or None."""
+def number(row: Mapping[str, Any], key: str) -> float | None:
+    """A number of a row that can be reckoned with, or None."""
     value = row.get(key)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST:
         return float(value)
     return None
+
+
+def clock(at: float | None) -> str:
+    """Time of day, empty for what is no time."""
+    return time.strftime("%H:%M:%S", time.localtime(at)) if at is not None and 0 <= at < MAX_COUNT else ""
 
 
 def whole_steps(
@@ -108,7 +116,7 @@ def whole_steps(
 
     A step lasts from one settled batch to the next, so what it began with is the publish of the step before.
     """
-    publish = {r["step"]: v for r in publishes if (v := number(r, "time/publish_s")) is not None}
+    publish = {r.get("step"): v for r in publishes if (v := number(r, "time/publish_s")) is not None}
     spent = seconds_by(s for s in spans if s.actor == "learner")
     made = []
     for row in train:
@@ -130,7 +138,8 @@ def rewinds(train: Sequence[dict[str, Any]]) -> list[Rewind]:
     return found
 
 
-def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, each with a `kind` and a whole `step`; a line that is none is left out and counted."""
     if not path.is_file():
         notes.append("metrics.jsonl is missing, so there are no curves")
         return []
@@ -141,10 +150,12 @@ def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             row = {**row, "kind": str(row["kind"]), "step": int(row["step"])}
-        except (ValueError, TypeError, KeyError, UnicodeDecodeError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            row = {"step": MAX_COUNT}
+        if abs(row["step"]) < MAX_COUNT:
+            rows.append(row)
+        else:
             broken += 1
-            continue
-        rows.append(row)
     if broken:
         notes.append(f"{broken} unreadable line{'s' if broken > 1 else ''} of metrics.jsonl left out")
     return rows
@@ -156,7 +167,7 @@ def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         notes.append(f"summary.json cannot be read: {error}")
         return {}
     return found if isinstance(found, dict) else {}

@@ -8,13 +8,14 @@ torn or foreign line is skipped, never an error; never more than the last MAX_BY
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 MAX_BYTES = 32 * 2**20
 FILE = "spans.jsonl"
+MAX_COUNT = 10**12
+"""A time in seconds or a step beyond this is none (and NaN is not below it)."""
 PAUSE_S = 60.0
 """With nobody at work for longer than this, the run itself was not going on."""
 
@@ -71,9 +72,10 @@ def parse(line: bytes | str) -> Span | None:
         span = Span(
             str(row["actor"]), str(row["phase"]), float(row["began"]), float(row["ended"]), int(row["step"]), parts
         )
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
-    return span if math.isfinite(span.began) and math.isfinite(span.ended) and span.ended >= span.began else None
+    numbers = (span.began, span.ended, span.step, *parts.values())
+    return span if all(abs(n) < MAX_COUNT for n in numbers) and span.ended >= span.began else None
 
 
 def seconds_by(spans: Iterable[Span]) -> dict[tuple[int, str, str], float]:
@@ -130,6 +132,6 @@ def stretches(spans: Iterable[Span], gap_s: float = 0.0) -> list[tuple[float, fl
 def actor_order(actor: str) -> tuple[int, str, int]:
     """The learner first, then the fleet, samplers, rollout workers, others; numbers as numbers."""
     kind, _, number = actor.rpartition("-")
-    kind, serial = (kind, int(number)) if kind and number.isdigit() else (actor, 0)
+    kind, serial = (kind, int(number)) if kind and number.isdecimal() and len(number) < 10 else (actor, 0)
     known = ("learner", "fleet", "sampler", "rollout")
     return (known.index(kind) if kind in known else len(known), kind, serial)

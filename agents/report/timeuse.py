@@ -111,7 +111,7 @@ def _rows(use: Use, wall: float) -> list[dict[str, Any]]:
         f", {at_once:.1f} at once" if at_once > 1.05 else ""
     )
     inside = sum(use.parts.values())
-    if inside <= 1.05 * use.total_s and at_once <= 1.05:
+    if use.total_s > 0 and inside <= 1.05 * use.total_s and at_once <= 1.05:
         subs = [
             row(name, seconds, seconds / wall, f"{percent(seconds / use.total_s)} of {use.phase}", True)
             for name, seconds in use.parts.items()

@@ -63,7 +63,8 @@ def missing_kernel(output: str) -> str:
     return cause[1].strip() if cause and re.search(known, cause[1]) else ""
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+# A random Qwen3 takes its two steps in test_real_text.py.
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"qwen3"}))
 def test_two_steps_by_the_real_pipeline(architecture: str, tmp_path: Path) -> None:
     log, model = tmp_path / "log", tiny(architecture, tmp_path / "model")
     overrides = (

@@ -90,6 +90,20 @@ def test_slope_finds_growth_and_calls_noise_noise() -> None:
     assert low < 0 < high
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "size", "says"),
+    [(-0.1, 0.4, 50, "flat"), (-3, 9, 500, "unknown"), (-3, 4, 500, "flat"), (2, 9, 500, "grows"), (0.1, 0.5, 50, "flat"),
+     (-9, -3, 50, "flat"), (float("nan"), float("nan"), 50, "unknown")],
+)  # fmt: skip
+def test_flat_is_said_of_little_growth_not_of_a_wide_interval(low: float, high: float, size: float, says: str) -> None:
+    assert memory.verdict(low, high, size) == says
+
+
+def test_a_ratio_is_of_medians_with_its_interval() -> None:
+    found = pipeline.ratio([1.0, 1.1, 0.9, 50.0, 1.0], [2.0, 2.2, 1.8, 2.0, 2.0])
+    assert found["median"] == 0.5 and found["low"] <= 0.5 <= found["high"]
+
+
 def test_rest_is_when_an_actor_is_up_and_peak_is_the_most() -> None:
     sizes = [{"driver": memory.Size(mb, mb)} for mb in (1.0, 5.0, 9.0, 7.0)]
     seen = memory.Watched([0.0, 10.0, 20.0, 30.0], [0, 0, 1, 2], sizes, {"driver": 1}, up_at=10.0, trained_from=20.0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,13 @@ from typing import Any
 import pytest
 
 import gumshoe
-from agents.report.findings import BROKEN, LIMIT, Finding, findings
+from agents.report.findings import BROKEN, LIMIT, Finding, findings, phase_of
 from agents.report.spans import Span
 from cluster.doctor import examine_run
+from cluster.rundir import RunFolder
+from cluster.runlog import read_metrics
 from cluster.schema import RunConfig
+from cluster.watch import Teller
 
 # A step of 10 s in which nothing stands out.
 EVEN = {"time/step_s": 10.0, "time/wait_s": 1.5, "time/train_s": 4.5, "time/publish_s": 1.0, "time/checkpoint_s": 0.8}
@@ -138,6 +143,72 @@ def test_no_step_for_long_names_who_is_waited_for() -> None:
     )
     assert not any(f.rank == BROKEN for f in findings(rows, still, now=now, finished=True))
     assert not any(f.rank == BROKEN for f in findings(rows, still, now=1120.0 + 60))
+
+
+def phase(name: str, at: float) -> dict[str, Any]:
+    return {"kind": "event", "step": 12, "time": at, "message": f"{name} ..."}
+
+
+def test_a_run_that_plays_its_last_evaluation_or_comes_up_again_is_not_broken() -> None:
+    def broken(now: float, *more: dict[str, Any], steps: int = 50) -> str:
+        found = findings([*run(), *more], now=now, config={"train": {"steps": steps}})
+        return " ".join(f.what for f in found if f.rank == BROKEN)
+
+    assert "the driver was stopped or killed" in broken(1120.0 + 600)
+    assert "the driver was stopped or killed" in broken(1120.0 + 600, phase("training", 900.0))  # it made steps since
+    assert not broken(1120.0 + 1200, phase("evaluation after training", 1121.0))
+    assert not broken(1e6, phase("Ray, engines and actors", 1e6 - 60))  # resumed after days
+    assert "“evaluation after training” began 67 min ago" in broken(
+        1120.0 + 4000, phase("evaluation after training", 1121.0)
+    )
+    assert not broken(1e6, steps=12)
+
+
+def test_groups_of_one_outcome_teach_raft() -> None:
+    rows = run(groups__count=8, groups__zero_spread=7)
+    assert any("teach nothing" in f.what for f in findings(rows, leases(), config={"advantage": {"name": "grpo"}}))
+    assert not any("teach nothing" in f.what for f in findings(rows, leases(), config={"advantage": {"name": "raft"}}))
+
+
+def test_a_run_before_its_first_step(tmp_path: Path) -> None:
+    def says(healthy: bool, text: str) -> None:
+        lines, well = examine_run(tmp_path / "run")
+        assert text in "\n".join(lines) and well is healthy and all(len(line.splitlines()) == 1 for line in lines)
+
+    now = time.time()
+    says(False, "does not exist")
+    (tmp_path / "run").mkdir()
+    says(False, "holds no run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text("train: {batch_timeout_s: 7200}\n")
+    says(True, "has no finished step yet")
+    os.utime(config, (now - 5000, now - 5000))
+    says(False, "BROKEN: it is stuck, or was stopped or killed: nothing came of it for 1h 23m")
+
+    def told(*rows: dict[str, Any]) -> None:
+        (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    told(phase("world, index and model", now - 4000), phase("Ray, engines and actors", now - 70))
+    says(True, "has no finished step yet, at “Ray, engines and actors” since 1m")
+    told(phase("Ray, engines and actors", now - 3000))
+    says(False, "at “Ray, engines and actors” since 50m 00s; BROKEN")
+    told(phase("training", now - 5000))
+    says(True, "at “training” since")  # batch_timeout_s is longer than that
+    told(phase("training", now - 8000), {"kind": "event", "step": 0, "time": now, "message": "sampler-0 died"})
+    says(False, "nothing came of it for 2h 13m; the last event: sampler-0 died")
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    says(True, "is finished; it trained nothing")
+
+
+def test_parts_of_a_run_are_told_as_they_begin(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: {steps: 3}\n")
+    with Teller(RunFolder(tmp_path), 3) as teller:
+        with teller.phase("world, index and model"):
+            pass
+        with teller.phase("Ray, engines and actors"):
+            lines, healthy = examine_run(tmp_path)
+    assert healthy and "at “Ray, engines and actors” since 0s" in lines[0] and len(teller.seconds) == 2
+    assert phase_of(read_metrics(tmp_path))[0] == "Ray, engines and actors"
 
 
 def test_what_costs_learning() -> None:

@@ -21,7 +21,7 @@ import gumshoe
 from agents.learning.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from agents.learning.config import LearnerConfig, LoraConfig, LossConfig, learning_rate
 from agents.learning.learner import PHASES, Learner
-from agents.learning.model import ModelError, PolicyModel, load_model
+from agents.learning.model import ModelError, PolicyModel, load_model, stack_experts
 from agents.learning.packing import pack
 from agents.learning.scorer import ReferenceScorer
 from agents.learning.stopwatch import Stopwatch
@@ -265,6 +265,71 @@ def test_bad_model_directories_are_one_clear_line(tmp_path: Path) -> None:
     assert "tokenizer does not fit the model" in message(unfit)
 
 
+def tiny_experts(kind: str) -> Any:
+    """Tiny random models whose experts transformers holds stacked, and their checkpoints name in three ways."""
+    from transformers import (
+        GptOssConfig,
+        GptOssForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "num_experts_per_tok": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    if kind == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**common, num_local_experts=3))
+    if kind == "gpt_oss":
+        return GptOssForCausalLM(GptOssConfig(**common, num_local_experts=3))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, num_experts=3, moe_intermediate_size=24))
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "theirs"),
+    [
+        ("mixtral", "mlp.gate.weight", "block_sparse_moe.experts.0.w1.weight"),
+        ("gpt_oss", "mlp.experts.0.gate_proj.weight", "mlp.experts.down_proj"),
+    ],
+)
+def test_models_with_names_that_cannot_be_restored_are_refused(
+    tmp_path: Path, kind: str, ours: str, theirs: str
+) -> None:
+    tiny_experts(kind).save_pretrained(str(tmp_path))
+    with pytest.raises(ModelError) as caught:
+        load_model(tmp_path, LearnerConfig(attention="eager"))
+    line = str(caught.value)
+    assert "\n" not in line and f"models of type {kind}" in line
+    assert f"first model.layers.0.{ours} " in line and f"(there: model.layers.0.{theirs})" in line, line
+
+
+def test_a_tied_head_in_the_file_and_parts_beside_the_model_are_no_matter(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(save_tiny(tmp_path) / "model.safetensors")
+    more = {"lm_head.weight": weights["model.embed_tokens.weight"].clone(), "mtp.layers.0.weight": torch.zeros(2)}
+    save_file({**weights, **more}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_model(tmp_path)
+
+
+def test_experts_are_stacked_when_asked_for_and_a_checkpoint_of_them_goes_on(tmp_path: Path) -> None:
+    tiny_experts("qwen3_moe").save_pretrained(str(tmp_path / "m"))
+    learner = Learner(load_model(tmp_path / "m"), SMALL)
+    learner.step(random_samples(4))
+    stacked, held = stack_experts(dict(learner.weights())), dict(learner.model.hf.named_parameters())
+    assert stacked.keys() == held.keys() and len(stacked) == len(held) and "no such name" not in stacked
+    for name, weight in held.items():
+        assert stacked.shape(name) == tuple(weight.shape) and torch.equal(stacked[name], weight)
+    assert stack_experts({n: w.to("meta") for n, w in learner.weights()}).shape(name) == stacked.shape(name)
+    save_checkpoint(tmp_path / "c", learner)
+    resumed = Learner(load_model(tmp_path / "m"), SMALL)
+    load_checkpoint(tmp_path / "c", resumed)
+    assert resumed.step(random_samples(4, seed=1))["loss"] == learner.step(random_samples(4, seed=1))["loss"]
+
+
 # --------------------------------------------------------------------------------------------------- two ranks
 
 TWO_RANKS = """
@@ -299,7 +364,13 @@ for kind in ("replicas", "fsdp"):
         rows.append(learner.step(mine))
     out[kind] = {"metrics": rows, "weights": dict(learner.weights())}
     if kind == "fsdp":
+        given, state_dict = [], learner.state_dict
+        learner.state_dict = lambda **kwargs: given.append(state_dict(**kwargs)) or given[-1]
         save_checkpoint(f"{folder}/ckpt", learner)
+        kept = sum(v.numel() for values in given[0]["optimizer"].values() for v in values.values())
+        parameters = sum(p.numel() for p in learner.model.parameters())
+        assert kept == (0 if rank else 2 * parameters + len(given[0]["optimizer"])), kept  # one rank holds the moments
+        assert "model" not in given[0]  # and nobody the weights a second time
         fresh = Learner(apply_fsdp(PolicyModel(tiny_qwen3(1), config)), config)
         load_checkpoint(f"{folder}/ckpt", fresh)
         out["resumed"] = [fresh.step(shard(random_samples(9, seed=3), rank, 2))]

@@ -51,6 +51,7 @@ def test_the_demo_is_planned_and_can_start(
     out = capsys.readouterr().out
     assert "a step trains at most 40,960: 64 episodes (8 tasks x 8) of at most 640" in out
     assert "at most 1: 128 episodes" in out and "asks Ray    1 CPU\n" in out and "16.0 GiB free" in out
+    assert "one every 35 steps, and sooner once 10 minutes have passed" in out
     assert "missing     nothing\nNothing was started.\n" in out
     assert list(tmp_path.iterdir()) == []
 
@@ -64,6 +65,17 @@ def test_memory_is_the_sum_of_its_parts() -> None:
     whole = 3 * sampler.each_gib + learner.each_gib + 2 * 1 + 3 + sizes.BASE_GIB + 1
     assert sizes.host_gib(config, model) == pytest.approx(whole)
     assert sizes.checkpoints_gib(config, model) == pytest.approx(3 * 3)
+
+
+def test_learners_on_gpus_load_through_the_machines_memory() -> None:
+    config = load_config("carr_30b_grpo", [], RunConfig)
+    model = ModelShape("qwen3_moe", 1 << 28, 64, 0)  # 1 GiB in float32
+    assert (config.train.num_workers, config.ray.object_store_mb) == (6, 8192)
+    assert sizes.loading_gib(config, model) == sizes.passing_gib(config, model) == pytest.approx(6)
+    beside = 2 * sizes.ENGINE_GIB + 6 * sizes.LEARNER_GIB
+    assert sizes.host_gib(config, model) == pytest.approx(beside + 2 * 0.5 + 6 + sizes.BASE_GIB + 8)
+    config.train.num_workers = 2
+    assert sizes.passing_gib(config, model) == pytest.approx(3), "a checkpoint takes more than two that load"
 
 
 def test_gpus_hold_samplers_and_sharded_learners() -> None:
@@ -83,3 +95,34 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     text = "\n".join(made.text)
     assert "of unknown size" in text and "unknown until config.json is there" in text
     assert any("holds no config.json" in line for line in made.missing)
+
+
+def test_the_clock_of_checkpoints_is_named() -> None:
+    def said(*overrides: str) -> str:
+        lines = plan(load_config("demo", list(overrides), RunConfig)).lines
+        return next(line for line in lines if line.startswith("disk")).split("written), ")[1]
+
+    assert said("train.checkpoint_minutes=0") == "one every 35 steps"
+    assert said("train.checkpoint_every=0", "train.checkpoint_minutes=7.5") == "one every 7.5 minutes"
+    assert said("train.checkpoint_every=0", "train.checkpoint_minutes=0", "train.steps=9") == "one every 9 steps"
+
+
+def test_a_run_to_go_on_with_must_be_there(tmp_path: Path) -> None:
+    missing = plan(load_config("demo", [f"storage_path={tmp_path}", "resume=mien"], RunConfig))
+    assert any(line.startswith("resume=mien: there is no run") for line in missing.missing)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").touch()
+    here = plan(load_config("demo", [f"storage_path={tmp_path}", "resume=mine"], RunConfig))
+    assert f"{tmp_path}/mine, which goes on, on a Ray of its own" in here.text[0]
+    assert not any("resume" in line for line in here.missing)
+
+
+def test_the_environment_names_the_ray_that_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    made = plan(load_config("demo", [], RunConfig))
+    assert made.text[0].endswith("on the Ray at 127.0.0.1:1") and "free on the machine" not in "\n".join(made.lines)
+    assert any("no Ray answers at 127.0.0.1:1" in line for line in made.missing)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://host:1")
+    made = plan(load_config("demo", [], RunConfig))
+    assert made.text[0].endswith("on the Ray at ray://host:1")
+    assert any("is a Ray client address" in line for line in made.missing)

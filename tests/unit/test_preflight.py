@@ -126,6 +126,20 @@ def test_memory_says_what_fits() -> None:
     config.fleet.num_engines = 2
     machine.check_memory(config, small, free_bytes=8 * GIB)
     assert "machine with more memory" in line_of(machine.check_memory, config, large, free_bytes=8 * GIB)
+    on_gpus = load_config("carr_4b_grpo", [], RunConfig)
+    line = line_of(machine.check_memory, on_gpus, ModelShape("qwen3", 1 << 28, 64, 0), free_bytes=8 * GIB)
+    assert (
+        "21.8 GiB are needed beside the GPUs (1.0 for published weights, 4.0 while learners load or save, 16.8 for the rest)"
+        in line
+    ), line
+
+
+def test_a_run_that_goes_on_elsewhere_is_checked_there(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").touch()
+    config = load_config("demo", [f"resume={tmp_path}/mine", "storage_path=/proc/runs"], RunConfig)
+    assert checks.findings(config) == []
+    assert "no run" in line_of(checks.preflight, load_config("demo", [f"resume={tmp_path}/mien"], RunConfig))
 
 
 def test_gpus_must_be_there_and_hold_their_actors() -> None:

@@ -78,6 +78,7 @@ def large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"cluster.{module}.machine_gpus", lambda: [131.0] * 8)
         monkeypatch.setattr(f"cluster.{module}.free_memory", lambda: 2 << 40)
     monkeypatch.setattr("cluster.machine.shutil.disk_usage", lambda _: SimpleNamespace(free=8 << 40))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
 @pytest.mark.usefixtures("large_machine")
@@ -88,6 +89,8 @@ def test_nothing_is_missing_where_all_that_a_recipe_names_is_in_place(
     made = plan(load_config(name, in_place(name, tmp_path, listener, monkeypatch), RunConfig))
     assert made.missing == ()
     assert any(line.startswith("tokens") for line in made.lines) and "unknown" not in "\n".join(made.lines)
+    if name in CARR:
+        assert any(line.endswith(f"one every {CHECKPOINT_EVERY[name.split('_')[1]]} steps") for line in made.lines)
     assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
 
 
@@ -115,8 +118,11 @@ PUBLISHED = {
     "learner.loss.clip_high": 0.28, "learner.loss.mismatch": "icepop", "learner.loss.icepop_low": 0.5,
     "learner.loss.icepop_high": 2.0, "learner.loss.kl_coef": 0.0, "learner.loss.entropy_coef": 0.0, "sampling.temperature": 1.0,
     "sampling.max_context": 64_000, "sandbox.default_k": 10, "sandbox.page_chars": 10_000, "reward.max_cited_pages": 20,
+    "sampling.malformed": "stop", "sampling.max_turns": 101, "sandbox.leak_guard": "question", "sandbox.retries": 2,
+    "sandbox.call_timeout_s": 30, "judge.max_retries": 2, "train.eval_tasks": 266, "train.checkpoint_minutes": 0.0,
 }  # fmt: skip
-"""What CaRR's scripts say for all four runs."""
+"""What CaRR's scripts say for all four runs; retries are attempts but one, and nothing is saved by the clock."""
+CHECKPOINT_EVERY = {"4b": 2, "30b": 10}
 CGRPO = {"reward.name": "carr", "advantage.name": "c_grpo", "advantage.alpha": 0.3, "advantage.normalise": "group"}
 GRPO = {"reward.name": "outcome", "advantage.name": "grpo"}
 
@@ -125,4 +131,5 @@ GRPO = {"reward.name": "outcome", "advantage.name": "grpo"}
 def test_carr_is_trained_as_published(name: str) -> None:
     config = load_config(name, [], RunConfig)
     wanted = PUBLISHED | (CGRPO if name.endswith("_cgrpo") else GRPO)
+    wanted |= {"train.checkpoint_every": CHECKPOINT_EVERY[name.split("_")[1]]}
     assert {key: operator.attrgetter(key)(config) for key in wanted} == wanted

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ import pytest
 
 from agents.advantages import AdvantageConfig
 from agents.types import Group, RecordError, Verdict, Version
-from cluster.buffer import BufferConfig, BufferSetup, Fenced, OutOfOrder
+from cluster.batch import make_batch
+from cluster.buffer import BufferConfig, BufferSetup, OutOfOrder
 from cluster.config import load_config
-from cluster.errors import UserError
-from cluster.replay import Replay, check, plan_replay
+from cluster.errors import Fenced, UserError
+from cluster.replay import Replay, check
+from cluster.replayplan import check_memory, plan
 from cluster.schema import RunConfig
 from cluster.speech import make_speech
 from tests.builders import a_group
@@ -113,6 +114,31 @@ async def test_a_learner_that_goes_back_goes_on_at_the_same_group(tmp_path: Path
     assert (await resumed.counts()).balanced
 
 
+async def test_a_recording_that_grew_is_gone_on_with_and_another_one_is_refused(tmp_path: Path) -> None:
+    record(tmp_path / "live")
+    replay = a_replay(tmp_path / "live", groups=4, steps=6)
+    await replay.enter(None)
+    await batch_of(replay, 0, 0)
+    await replay.settle(0, 0, {})
+    saved = json.loads(json.dumps(await replay.state()))
+    expected = leases(await batch_of(replay, 0, 1))
+
+    record(tmp_path / "live", [a_group(task=f"n{i}", group=f"n{i}/{i}", seed=9) for i in range(3)])
+    (tmp_path / "live").rename(tmp_path / "moved")
+    grown = a_replay(tmp_path / "moved", groups=4, steps=6)
+    assert await grown.enter(saved) == 1
+    assert leases(await batch_of(grown, 1, 1)) == expected and expected[2:] == [g.id for g in GROUPS[:2]]
+    assert any("goes on with its first 6 groups" in r.get("message", "") for r in await grown.rows())
+    assert (await grown.state())["recording"]["hash"] == saved["recording"]["hash"]
+
+    record(tmp_path / "other", [a_group(task=f"t{i}", group=f"t{i}/{i}", seed=i, tokens=9) for i in range(6)])
+    record(tmp_path / "short", GROUPS[:4])
+    for name in ("other", "short"):  # the same ids with other rollouts, and fewer of them
+        with pytest.raises(RecordError, match="does not begin with the 6 groups") as error:
+            await a_replay(tmp_path / name, groups=4).enter(saved)
+        assert "\n" not in str(error.value)
+
+
 async def test_a_checkpoint_of_a_live_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="of a live run"):
         await a_replay(record(tmp_path)).enter({"ledger": {"version": 3, "trained": 24}, "curriculum": {}})
@@ -139,6 +165,29 @@ async def test_recorded_staleness_is_logged_and_old_groups_are_trained(tmp_path:
     assert batch.stats["staleness/mean"] == 7 and leases(batch) == [g.id for g in old[4:]]
 
 
+@pytest.mark.parametrize(("recorded_batch", "withheld"), [(2, 3), (4, 0)])
+async def test_what_the_recorded_run_withheld_for_its_age_is_withheld_again(
+    tmp_path: Path, recorded_batch: int, withheld: int
+) -> None:
+    new, old = (a_group(task="t0", group="t0/0", version=Version(0, v), seed=0) for v in (6, 4))
+    mixed = replace(new, members=(old.members[0], new.members[1]))
+    record(tmp_path, [mixed, GROUPS[1]])
+    write_ledger(tmp_path, *trained(7, mixed.id, GROUPS[1].id))
+    live = make_batch(7, [mixed, GROUPS[1]], AdvantageConfig(), max_staleness=2)
+    (tmp_path / "config.yaml").write_text(f"buffer: {{max_staleness: 2, groups_per_batch: {recorded_batch}}}\n")
+    assert live.stats["masked/stale"] == 3  # a member of the first group, and all of the second, which is 7 steps old
+    replay = a_replay(tmp_path)
+    await replay.enter(None)
+    batch = await batch_of(replay, 0, 0)
+    assert batch.stats["masked/stale"] == withheld
+    if withheld:  # the same samples, with the same baseline
+        assert [s.rollout_id for s in batch.shards[0]] == [s.rollout_id for s in live.shards[0]] == ["t0/t0/0/1"]
+        assert np.array_equal(batch.shards[0][0].advantages, live.shards[0][0].advantages)
+        assert batch.stats["staleness/max"] == live.stats["staleness/max"] == 1
+    else:  # other batches than the recorded run's: off-policy by nature
+        assert len(batch.shards[0]) == 4 and batch.stats["staleness/max"] == 7
+
+
 async def test_groups_that_nobody_could_judge_are_passed_over_and_counted(tmp_path: Path) -> None:
     dead = GROUPS[1].with_verdicts([Verdict.unavailable("reward", "timeout")] * 2)
     half = GROUPS[2].with_verdicts([Verdict.unavailable("reward", "timeout"), Verdict(1.0, {"outcome": 1.0})])
@@ -158,10 +207,9 @@ async def test_the_next_batch_is_made_while_the_learner_trains(tmp_path: Path) -
     await replay.enter(None)
     await batch_of(replay, 0, 0)
     assert replay._ahead is not None and replay._ahead[0] == (2, 1, 1)
-    await replay._ahead[1]
+    made = await replay._ahead[1]
     await replay.settle(0, 0, {})
-    began = time.monotonic()
-    assert await replay.next_batch(0, 1, timeout_s=0.0) is not None or time.monotonic() - began < 0.1
+    assert await replay.next_batch(0, 1, timeout_s=0.0) is made.batch, "it was ready, and is not made again"
 
 
 def without_rubrics(group: Group) -> Group:
@@ -213,7 +261,14 @@ def test_a_replay_is_checked_before_anything_is_written(demo: RunConfig, tmp_pat
             demo, storage_path=str(tmp_path), name="again", replay=given, buffer=BufferConfig(groups_per_batch=4)
         )
         assert check(config) == tmp_path / "live" / "groups"
-    assert plan_replay(config)[0].endswith("6 groups, as they were recorded")
+    lines = plan(config).text
+    assert lines[0].endswith("6 groups, as they were recorded") and lines[-2:] == [
+        "missing     nothing",
+        "Nothing was started.",
+    ]
+    assert any(line.startswith("memory ") for line in lines) and any(line.startswith("disk ") for line in lines)
+    broken = replace(config, replay="lvie", model=replace(demo.model, path="nowhere", shape=""))
+    assert [line.split(" ")[0] for line in plan(broken).missing] == ["there", "model"]  # all of it, not the first alone
 
     def refused(says: str, **changes: Any) -> None:
         with pytest.raises((RecordError, UserError), match=says) as error:
@@ -231,6 +286,12 @@ def test_a_replay_is_checked_before_anything_is_written(demo: RunConfig, tmp_pat
     record(tmp_path / "plain", by_demo(demo, [without_rubrics(g) for g in GROUPS]))
     refused("c_grpo needs the verdict parts", replay="plain")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["live", "plain", "template", "tokenizer"]
+
+
+def test_memory_is_what_learners_take() -> None:
+    check_memory(3.0, free_bytes=4 << 30)
+    with pytest.raises(UserError, match=r"takes about 5\.0 GiB, 4\.0 GiB are free"):
+        check_memory(5.0, free_bytes=4 << 30)
 
 
 async def test_damage_further_on_ends_the_run_with_its_place(tmp_path: Path) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agents.report.build import build_report
 from agents.report.charts import MAX_POINTS, Series, area_chart, line_chart, running_mean, short, thin, ticks
 from agents.report.timeline import marked
 from agents.types import RecordError
+from cluster.doctor import examine_run
 from tests.synthetic_run import HOSTILE, write_run
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -255,3 +257,63 @@ def test_short_numbers() -> None:
         "120",
         "1234",
     ]
+
+
+ODD = st.one_of(
+    st.floats(), st.integers(-(10**400), 10**400), st.floats(0, 100), st.integers(0, 30), st.none(), st.booleans(),
+    st.text(max_size=5), st.just({"a": float("nan")}), st.just([1]), st.sampled_from(["\ud800", "learner 1 begins at step 5", "training ..."]),
+)  # fmt: skip
+TIME = st.one_of(st.floats(1.7e9, 1.7e9 + 1000), ODD)
+KEYS = (
+    "time/step_s", "time/wait_s", "time/train_s", "time/forward_s", "time/publish_s", "time/odd_s", "rollout/generate_s",
+    "rollout/wall_s", "reward/mean", "success", "success/mean", "success/low", "success/hops_2", "tokens_per_s", "ledger/admitted",
+    "ledger/trained", "ledger/dropped", "dropped/stale", "groups/count", "groups/zero_spread", "masked/share", "mismatch/kl_k3",
+    "message", "label", "stop/answered", "learner/tokens", "learner/computed_tokens",
+)  # fmt: skip
+KINDS = st.one_of(st.sampled_from(["train", "train", "publish", "eval", "event"]), ODD)
+ROWS = st.lists(
+    st.builds(
+        lambda left_out, row, more: {k: v for k, v in {**more, **row}.items() if k != left_out},
+        st.sampled_from(["", "", "", "", "kind", "step", "time"]),
+        st.fixed_dictionaries({"kind": KINDS, "step": st.one_of(st.integers(0, 9), ODD), "time": TIME}),
+        st.dictionaries(st.sampled_from(KEYS), ODD, max_size=8),
+    ),
+    max_size=12,
+)  # fmt: skip
+ACTORS = st.one_of(st.sampled_from(["learner", "rollout-0", "rollout-1", "rollout-\u00b2", "fleet"]), ODD)
+SPAN_ROWS = st.lists(
+    st.fixed_dictionaries(
+        {"actor": ACTORS, "phase": st.one_of(st.sampled_from(["train", "rollout", "wait"]), ODD), "began": TIME, "ended": TIME,
+         "step": ODD, "seconds": st.one_of(st.none(), ODD, st.dictionaries(st.sampled_from(["pack", "x"]), ODD))}
+    ),
+    max_size=8,
+)  # fmt: skip
+SUMMARY = st.one_of(
+    st.none(), ODD, st.dictionaries(st.sampled_from(["steps", "sampled_tokens", "seconds", "success_after"]), ODD)
+)
+ZERO = {"actor": "learner", "phase": "train", "began": 1.7e9, "ended": 1.7e9, "step": 1, "seconds": {"pack": 0.0}}
+LONGER = {**ZERO, "phase": "wait", "ended": 1.7e9 + 5}
+
+
+@settings(max_examples=120, deadline=None)
+@given(ROWS, SPAN_ROWS, SUMMARY)
+@example([{"kind": "train", "step": 1, "time": None}, {"kind": "publish", "time/publish_s": 1.0}], [ZERO, LONGER], None)
+@example([{"kind": "train", "step": float("inf"), "time": 1.0}, {"kind": "event", "step": 1, "time": 1e20}], [], None)
+@example(
+    [{"kind": "eval", "step": 10**20, "success/mean": 1.0}],
+    [{**LONGER, "seconds": {"a": float("nan")}}],
+    {"steps": float("nan")},
+)
+def test_odd_rows_never_make_report_or_doctor_fall_over(rows: list, spans: list, summary: object) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        (run / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in [{"kind": "event", "step": 0}, *rows])
+        )
+        (run / "spans.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spans))
+        (run / "config.yaml").write_text("train: 7\nadvantage: {name: grpo}\n")
+        lines, _ = examine_run(run)
+        "\n".join(lines).encode()
+        if summary is not None:
+            (run / "summary.json").write_text(json.dumps(summary))
+        parse(build_report(run))

@@ -116,8 +116,20 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path):
     three_checkpoints(tmp_path)
     for path in checkpoints(tmp_path):
         (path / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="none of the 3 checkpoints"):
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=r"no checkpoint in .* is whole: damaged-step-000010, .* under another name="
+        ):
+            newest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_not_set_aside(tmp_path):
+    three_checkpoints(tmp_path)
+    manifest = tmp_path / "step-000030" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
         newest_checkpoint(tmp_path)
+    assert (tmp_path / "step-000030").is_dir()
 
 
 def test_the_last_ones_are_kept_and_drafts_of_the_dead_go(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from cluster.buffer import BufferConfig
 from cluster.errors import UserError
 from cluster.record import Recorder, recorded
 from cluster.rollout import RolloutConfig
-from cluster.rollouts import Tally, _goes_on, _play
+from cluster.rollouts import Tally, _play, _resume
 from tests.builders import a_group
 
 TASKS = {f"t{i}/{i}": Task(f"t{i}", "question?", ("x",)) for i in range(7)}
@@ -103,12 +104,17 @@ def test_only_rollouts_are_gone_on_with(tmp_path: Path) -> None:
 
     config = load_config("configs/demo.yaml", [f"storage_path={tmp_path}", "name=roll"], RunConfig)
     run_dir = tmp_path / "roll"
-    assert not _goes_on(config)
+    named = replace(config, name="else", resume="roll")
+    assert _resume(config) == ""
     recorder = Recorder(run_dir / "groups")
     recorder.write(a_group())
     recorder.close()
-    assert not _goes_on(config)
+    assert _resume(config) == ""
+    with pytest.raises(UserError, match="there is no run"):
+        _resume(named)
     (run_dir / "config.yaml").write_text("name: roll\n")
-    assert _goes_on(config)
+    assert _resume(config) == "auto" and _resume(named) == "roll"
     (run_dir / "ledger.jsonl").write_text("")
-    assert not _goes_on(config), "a training run steps aside as it always does"
+    assert _resume(config) == "", "a training run steps aside as it always does"
+    with pytest.raises(UserError, match=r"resume=roll: .*holds no rollouts of this command"):
+        _resume(named)

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.types import Document, Hit, Query, SeenKind, ToolCall, ToolEvent
+from agents.text import ngrams, words
+from agents.types import Document, Hit, Query, SeenKind, Task, ToolCall, ToolEvent
 from envs.config import SandboxConfig
+from envs.guard import LeakGuard, guard_of
 from envs.journal import same
 from envs.passages import lead, matches, pages, window
 from envs.sandbox import Session
@@ -226,6 +228,82 @@ def test_the_guard_masks_per_session() -> None:
     assert not run(masked, "open", doc_id="https://x.org/a").error
 
 
+QUESTION = "Which composer, born in a harbour town, wrote the opera that a baker's daughter first sang in 1871, before the theatre burned down?"
+RUN = "opera that a baker's daughter first sang in 1871, before the theatre"  # 13 words: `baker's` is two
+KOREAN = "부산에서 태어나 1923년에 첫 소설을 발표하고 만주로 떠났다가 돌아와 신문사를 세운 작가의 스승은 누구입니까?"
+
+
+def guarded(question: str, *documents: Document) -> Session:
+    config = SandboxConfig(leak_guard="question")
+    return Session(
+        build_backend(BackendConfig(kind="bm25"), list(documents)),
+        config,
+        guard=guard_of(config, Task("t", question, ("x",))),
+    )
+
+
+def test_a_page_that_shares_13_words_with_the_question_is_neither_found_nor_opened() -> None:
+    assert len(words(RUN)) == 13
+    leak = Document(
+        "https://quiz.org/7", "A quiz", f"Page one of many. {'Filler. ' * 300} the {RUN.upper()}; answer: Lomitave"
+    )
+    almost = Document("https://x.org/a", "Opera", " ".join(RUN.split()[1:]) + " of Gupezo")
+    session = guarded(QUESTION, leak, almost)
+    assert [s.doc_id for s in run(session, "search", query="opera baker daughter theatre", k=5).seen] == [almost.id]
+    refused = run(session, "open", doc_id=leak.id)
+    assert refused.error == "leak_guard" and not refused.seen and "answer" not in refused.text
+    assert refused.text == f"Error: document {leak.id!r} may not be read; look for another source."
+    assert run(session, "find", pattern="Lomitave").error == "no_page"
+    assert not run(session, "open", doc_id=almost.id).error
+    titled = Document("t", QUESTION, "Nothing here.")
+    assert run(guarded(QUESTION, titled), "open", doc_id="t").error == "leak_guard"
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "hidden"),
+    [
+        ("Who was the mentor of Badokiru?", "Asked: WHO was the mentor, of Badokiru - and why?", True),
+        ("Who was the mentor of Badokiru?", "The mentor of Badokiru was Lomitave.", False),
+        (KOREAN, f"질문: {KOREAN} 답: 김", True),
+        (KOREAN, "부산에서 태어나 1923년에 첫 소설을 발표한 작가가 있다.", False),
+        ("누구입니까?", "그는 누구입니까 하고 물었다", True),
+        ("谁写了这部小说?", "问题:谁写了这部小说?答案", True),
+        ("谁写了这部小说?", "他写了另一部小说。", False),
+        ("Кто написал этот роман?", "Он спросил: кто написал этот роман?", True),
+        ("?!", "What?! Nothing is hidden by a question without words.", False),
+        ("⁇ …", "", False),
+    ],
+)
+def test_the_leak_guard_by_hand(question: str, text: str, hidden: bool) -> None:
+    assert LeakGuard(question).leaks(text) is hidden
+    assert run(guarded(question, Document("d", "T", text)), "open", doc_id="d").error == "leak_guard" * hidden
+
+
+VOCABULARY = st.lists(st.sampled_from(["a", "b", "Ä", "부산", "写", "9"]), max_size=40).map(" ".join)
+
+
+@given(VOCABULARY, VOCABULARY)
+def test_the_leak_guard_hides_what_shares_a_run_of_words_and_nothing_else(question: str, text: str) -> None:
+    said, found = words(question), words(text)
+    if len(said) >= 13:
+        expected = bool(ngrams(said, 13) & ngrams(found, 13))
+    else:
+        expected = bool(said) and " ".join(said) in " ".join(found)
+    assert LeakGuard(question).leaks(text) is expected
+
+
+@given(st.text(max_size=200), st.text(max_size=50), st.text(max_size=50))
+def test_a_page_that_holds_the_whole_question_is_hidden_in_any_script(question: str, left: str, right: str) -> None:
+    assert LeakGuard(question).leaks(f"{left}\n{question}\n{right}") is bool(words(question))
+
+
+def test_the_leak_guard_is_off_unless_asked_for_and_shared_by_attempts() -> None:
+    task, on = Task("t", QUESTION, ("x",)), SandboxConfig(leak_guard="question")
+    assert guard_of(SandboxConfig(), task) is None
+    assert guard_of(on, task) is guard_of(on, Task("t2", QUESTION, ("x",)))
+    assert guard_of(on, task) is not guard_of(on, Task("t", "Another question?", ("x",)))
+
+
 def test_equal_actions_give_equal_journals() -> None:
     def play(last: str) -> Session:
         session = Session(backend())
@@ -245,7 +323,13 @@ def test_equal_actions_give_equal_journals() -> None:
 
 
 def test_configurations_that_make_no_sense() -> None:
-    for bad in ({"snippet_mode": "best"}, {"max_k": 2}, {"page_chars": 0}, {"call_timeout_s": 0.0}):
+    for bad in (
+        {"snippet_mode": "best"},
+        {"leak_guard": "on"},
+        {"max_k": 2},
+        {"page_chars": 0},
+        {"call_timeout_s": 0.0},
+    ):
         with pytest.raises(ValueError):
             SandboxConfig(**bad)  # type: ignore[arg-type]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -53,9 +55,52 @@ def test_the_file_stays_below_its_bound(tmp_path: Path) -> None:
     assert len(steps) >= 10 and steps == list(range(steps[0], 500))
 
 
+class Full:
+    """A file on a full disk: takes a few bytes of what it is given, then nothing."""
+
+    def __init__(self, file: Any, room: int = 0) -> None:
+        self._file, self._room = file, room
+
+    def write(self, data: bytes) -> int:
+        if self._room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken, self._room = data[: self._room], 0
+        return int(self._file.write(taken))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_a_full_disk_costs_spans_and_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = SpanLog(tmp_path, max_bytes=2000)
+    for step in range(10):
+        log.write([{**ROW, "step": step}])
+    whole, free = (tmp_path / "spans.jsonl").read_bytes(), log._file
+    for room in (0, 20):  # what was written of a row is taken back
+        log._file = Full(free, room)  # type: ignore[assignment]
+        log.write([ROW])
+        assert (tmp_path / "spans.jsonl").read_bytes() == whole
+    log._file = free
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", Full(None).write)  # no room for the newer half either
+        for _ in range(50):
+            log.write([ROW])
+    assert whole in (tmp_path / "spans.jsonl").read_bytes() and (tmp_path / "spans.jsonl").stat().st_size <= 2000
+    log.write([{**ROW, "step": 77}])  # there is room again
+    assert [s.step for s in read_spans(tmp_path)].count(77) == 1 and not list(tmp_path.glob("*.part"))
+    log.close()
+    log.write([ROW])
+    log.close()
+    assert len(caplog.records) == 1 and "No space left on device" in caplog.text
+
+
 @pytest.mark.parametrize(
     "line", ["", "{", "[]", "null", '{"actor": "a"}', '{"actor":"a","phase":"p","began":2,"ended":1,"step":0}',
-             '{"actor":"a","phase":"p","began":NaN,"ended":1,"step":0}', '{"actor":"a","phase":"p","began":0,"ended":1,"step":0,"seconds":[1]}'],
+             '{"actor":"a","phase":"p","began":NaN,"ended":1,"step":0}', '{"actor":"a","phase":"p","began":0,"ended":1,"step":0,"seconds":[1]}',
+             '{"actor":"a","phase":"p","began":0,"ended":1,"step":Infinity}', '{"actor":"a","phase":"p","began":0,"ended":1e20,"step":0}',
+             '{"actor":"a","phase":"p","began":0,"ended":1,"step":0,"seconds":{"x":NaN}}', '{"actor":"a","phase":"p","began":1' + "0" * 400 + ',"ended":1,"step":0}'],
 )  # fmt: skip
 def test_a_foreign_line_is_no_span(line: str) -> None:
     assert parse(line) is None

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from agents.recordfile import write_records
 from benchmarks import controls, demo, shortcut
 from benchmarks.plot import Panel, Point, plot
 from benchmarks.results_file import write_json
@@ -25,8 +26,10 @@ from benchmarks.study import (
     difference,
     flat,
     resolve,
+    run_figures,
     stream,
 )
+from tests.builders import a_group
 
 
 class Bench:
@@ -201,6 +204,55 @@ def test_the_shortcut_arms_differ_in_the_advantage_alone() -> None:
     # outcome-only means: what grpo trains on, Verdict.reward, is the outcome; and rubrics are judged whatever they earn
     assert values["reward.reward"] == "outcome" and values["reward.lazy_rubrics"] is False
     assert values["train.max_minutes"] == 0  # the same number of steps, however long they take
+
+
+def test_the_claim_needs_all_of_its_seeds() -> None:
+    good, bad = [0.2, 0.1, 0.3], [0.2, -0.1, 0.3]
+    assert shortcut.verdict([0, 1, 2], [good] * 3) is True
+    assert shortcut.verdict([0, 1, 2, 3], [good, good, good, bad]) is True  # fixed beforehand for these three
+    assert shortcut.verdict([0, 1, 2], [good, bad, good]) is False
+    assert shortcut.verdict([0, 2], [good, good]) == "not decided: seed 1 missing"
+
+
+@pytest.mark.parametrize(
+    ("again", "trial", "main"),
+    [
+        (None, None, None),
+        ([], [], []),
+        (["sft"], [], ["sft"]),
+        (["rft"], None, ["rft"]),
+        (["sft-0.0006"], ["sft-0.0006"], None),
+    ],
+)
+def test_again_reaches_the_trial_of_rates(
+    again: list[str] | None, trial: list[str] | None, main: list[str] | None
+) -> None:
+    assert controls.again_for(again, [f"sft-{rate:g}" for rate in controls.RATES]) == trial
+    assert controls.again_for(again, controls.ARMS) == main
+
+
+def test_an_unknown_arm_is_still_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="has no such arm"):
+        Study("controls", dict.fromkeys(controls.ARMS), [0], again=controls.again_for(["rtf"], controls.ARMS))  # type: ignore[arg-type]
+
+
+def test_figures_of_a_run_whose_log_a_kill_has_torn(tmp_path: Path) -> None:
+    success = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    summary = {
+        "success_before": success,
+        "success_after": success,
+        "seconds": {"training": 5.0},
+        "steps": 2,
+        "sampled_tokens": 9,
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    rows = [{"kind": "event", "step": 0, "message": "engines: {}"}, {"kind": "train", "step": 1, "time/step_s": 10.0}]
+    lines = [json.dumps(row) for row in [*rows, rows[0], {**rows[1], "step": 2, "mismatch/kl_k3": 0.25}]]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:2], '{"kind": "train", "st', *lines[2:]]) + "\n")
+    for moment in ("before", "after"):
+        write_records(tmp_path / "eval" / f"{moment}.jsonl", [a_group()])
+    found = run_figures(tmp_path)
+    assert found["training_s"] == 20.0 and found["starts"] == 2 and found["kl_k3_max"] == 0.25
 
 
 def test_more_than_half_of_the_shortcut_worlds_questions_can_be_guessed() -> None:
