@@ -131,7 +131,7 @@ def _train(setup: Setup) -> None:
     reference = None
     if setup.learner.loss.kl_coef > 0:
         reference = ReferenceScorer(load_model(setup.model, replace(setup.learner, lora=LoraConfig()), device))
-    step = int(load_checkpoint(folder, learner)["step"]) if folder else 0
+    step = int(load_checkpoint(folder, learner, verified=True)["step"]) if folder else 0
     publisher = Publisher(setup, incarnation) if rank == 0 else None
     publish_s = _publish(publisher, learner, step)  # also at the very start: it proves the way to every engine
     began = saved_at = time.monotonic()

@@ -140,8 +140,10 @@ def read_extra(path: str | Path) -> dict[str, Any]:
     return dict(json.loads((Path(path) / EXTRA).read_text(encoding="utf-8")))
 
 
-def load_checkpoint(path: str | Path, learner: Learner) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, learner: Learner, *, verified: bool = False) -> dict[str, Any]:
     """Puts a checkpoint's state into the learner and returns the caller's `extra`. Every rank calls it.
+
+    `verified`: `newest_checkpoint` has just compared its files with their digests, which takes minutes for a large one.
 
     The files are mapped, not read: ranks of a machine share their pages, and the kernel may drop them.
 
@@ -149,7 +151,8 @@ def load_checkpoint(path: str | Path, learner: Learner) -> dict[str, Any]:
     The learner is untouched in all those cases.
     """
     path = Path(path)
-    verify_checkpoint(path)
+    if not verified:
+        verify_checkpoint(path)
     try:
         state = torch.load(path / TRAINER, map_location="cpu", weights_only=True, mmap=True)
         if "model" not in state:
