@@ -123,6 +123,14 @@ class _Engine:
     sessions: int = 0
 
 
+def _started_again() -> bool:
+    """Whether this process stands for an actor that died."""
+    try:
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    except AssertionError:  # no actor's process
+        return False
+
+
 class Fleet:
     """Owns the sampler actors. Create, `await start()`, then `route`, `publish`, `report`."""
 
@@ -165,7 +173,7 @@ class Fleet:
 
     async def pulse(self) -> Pulse:
         """For the watchdog; a fleet that Ray has started again brings its engines up first."""
-        if not self._began and ray.get_runtime_context().was_current_actor_reconstructed:
+        if not self._began and (_started_again() or (self._state is not None and self._state.is_file())):
             self._come_back()
         return pulse_of(*self._waits.oldest())
 

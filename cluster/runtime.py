@@ -40,6 +40,10 @@ class RayConfig:
     """Print what workers print."""
 
 
+FATE = {"gcs_rpc_server_reconnect_timeout_s": 5}
+"""Of a Ray of our own: when the driver is killed its head is gone for good, and nobody should wait a minute for it to come back."""
+
+
 class RayUnreachable(RuntimeError):
     """Ray could not be started or joined; the message is one line."""
 
@@ -75,7 +79,7 @@ def ray_session(config: RayConfig, needs: Mapping[str, float] | None = None) -> 
             ray.init(
                 address="local", num_cpus=config.num_cpus or max(4, os.cpu_count() or 1, math.ceil(needs.get("CPU", 0))), include_dashboard=config.dashboard,
                 dashboard_host="127.0.0.1", dashboard_port=config.dashboard_port,
-                object_store_memory=config.object_store_mb << 20, runtime_env=variables, **quiet,
+                object_store_memory=config.object_store_mb << 20, runtime_env=variables, _system_config=FATE, **quiet,
             )  # fmt: skip
     except Exception as error:
         where = f"Ray at {joined}" if joined else "a local Ray"
