@@ -17,7 +17,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,16 @@ import numpy as np
 
 from agents.advantages import AdvantageConfig
 from agents.curriculum import CURRICULA, Curriculum
-from agents.recordfile import RecordReader, RecordWriter, read_records
+from agents.recordfile import RecordWriter, read_records
 from agents.types import Group, RecordError, Task
 from cluster.batch import Batch, make_batch
 from cluster.errors import Fenced
-from cluster.ledger import RUN_ENDED, Counts, Ledger, LedgerError
+from cluster.journal import Seen
+from cluster.ledger import Counts, Ledger, LedgerError
 from cluster.watchdog import Pulse, pulse_of
 
 NOBODYS_FAULT = frozenset({"worker_lost", "lineage", "lease_lost"})
 """Reasons that say nothing about the task, nor about infrastructure that fails every time."""
-ROWS_AGAIN = 20
-"""Steps whose rows a buffer that came back tells once more; the driver knows which it has."""
 
 
 @dataclass
@@ -144,7 +143,7 @@ class Buffer:
 
             self._recorder = Recorder(Path(setup.record), setup.about or {})
         episodes = config.groups_per_batch * config.group_size
-        self._initial = self._order()
+        self._initial = {"curriculum": self._curriculum.state(), "pending": [], "spare": {}}
         self._journal: RecordWriter | None = None
         self._reborn = False
         self._serial = itertools.count()
@@ -155,7 +154,7 @@ class Buffer:
 
     def _open_journal(self, path: Path, episodes: int) -> None:
         """Opens it, and comes back from what it holds. One that cannot be followed steps aside: checkpoints have the books too."""
-        seen = _Seen()
+        seen = Seen()
         try:
             self._journal = RecordWriter(path)  # mends what a killed writer left half-written
             self._ledger = Ledger.replayed(episodes, self._config.max_staleness, seen.all(path), self._write)
@@ -465,7 +464,7 @@ class Buffer:
         if incarnation != self._ledger.incarnation:
             raise Fenced(f"learner {incarnation} was replaced by learner {self._ledger.incarnation}")
 
-    def _come_back(self, seen: _Seen) -> None:
+    def _come_back(self, seen: Seen) -> None:
         """After a death of the process: the books are exact, what it held is gone."""
         books = self._ledger
         lost = len(books.running_leases()) + len(books.ready_leases())
@@ -484,8 +483,7 @@ class Buffer:
 
     def _order(self) -> dict[str, Any]:
         """Where the order of tasks stands: the curriculum's own state, and tasks that it has drawn and nobody has trained."""
-        books = getattr(self, "_ledger", None)
-        drawn = [*books.running_leases(), *books.ready_leases()] if books is not None else []
+        drawn = [*self._ledger.running_leases(), *self._ledger.ready_leases()]
         pending = [self._leases[i].task.id for i in drawn if i in self._leases] + [t.id for t in self._again]
         return {"curriculum": self._curriculum.state(), "pending": pending, "spare": dict(self._spare)}
 
@@ -588,50 +586,6 @@ class Buffer:
         parts = {k: sum(g.seconds.get(k, 0.0) for g in groups) for k in ("generate", "tools")}
         self._span(lease.worker, "rollout", lease.began, now - judge_s, seconds=parts)
         self._span(lease.worker, "judge", now - judge_s, now)
-
-
-class _Seen:
-    """What a journal says beside the books, gathered while these are made from it: one move at a time, for it may be long."""
-
-    def __init__(self) -> None:
-        self.moves = self.leases = 0
-        self.tasks: dict[str, str] = {}
-        """Task of each lease that is not at its end."""
-        self.order: dict[str, Any] | None = None
-        self.stats: dict[str, float] = {}
-        self.rows: deque[dict[str, Any]] = deque(maxlen=ROWS_AGAIN)
-        """Of the last steps of the current incarnation."""
-
-    def all(self, path: Path) -> Iterator[Mapping[str, Any]]:
-        shipped: list[str] = []
-        for move in RecordReader[Any](path):
-            op = move["op"]
-            self.moves += 1
-            if op == "admit":
-                self.leases += 1
-                self.tasks[move["lease"]] = move["task"]
-            elif op in ("fail", "drop"):
-                self.tasks.pop(move["lease"], None)
-            elif op == "ship":
-                shipped, self.stats = list(move["leases"]), move.get("stats", {})
-            elif op == "settle":
-                self.rows.append(move["row"])
-                for lease_id in shipped:
-                    self.tasks.pop(lease_id, None)
-            elif op == "order":
-                self.order = move
-            elif op in ("enter", "restore"):
-                self.rows.clear()
-            yield move
-
-
-def close_books(journal: Path) -> None:
-    """The run that kept this journal has ended, and with it whatever was under way."""
-    if journal.exists():
-        with RecordWriter(journal) as writer:
-            writer.write(
-                {"op": "lose", "reason": RUN_ENDED, "places": ["running", "ready", "in_batch"], "time": time.time()}
-            )
 
 
 def _cause(groups: Sequence[Group]) -> str:

@@ -270,7 +270,7 @@ class Staff:
         from cluster.watchdog import Watchdog
 
         self.buffer: Any = actor(Replay, **LASTING).remote(setup, str(source))
-        ray.get(self.buffer.counts.remote())
+        ray.get(self.buffer.counts.remote(), timeout=config.watch.start_s)
         self.watchdog = Watchdog(config.watch)
         self.watchdog.watch("replay", self.buffer)
 
@@ -318,7 +318,7 @@ def run_replay(config: RunConfig) -> dict[str, Any]:
             watch(staff, learner, teller, config.watch, train.batch_timeout_s)
         summary = {
             "name": config.name, "steps": teller.step, "sampled_tokens": sampled_tokens(folder), "seconds": teller.seconds,
-            "ledger": asdict(ray.get(staff.buffer.counts.remote())), "checkpoint": newest(folder), "replayed": str(source),
+            "ledger": asdict(ray.get(staff.buffer.counts.remote(), timeout=config.watch.start_s)), "checkpoint": newest(folder), "replayed": str(source),
         }  # fmt: skip
         teller.log.summary(summary)
     return result(folder, summary)

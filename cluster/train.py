@@ -14,8 +14,9 @@ from typing import Any
 
 from agents.report.build import build_report
 from cluster.actors import placed
-from cluster.buffer import BufferSetup, close_books
+from cluster.buffer import BufferSetup
 from cluster.evaluate import Evaluation, success
+from cluster.journal import close_books
 from cluster.learner import LearnerRun, Setup
 from cluster.model import prepare_model
 from cluster.preflight import needs, preflight

@@ -8,7 +8,8 @@ import pytest
 from agents.advantages import AdvantageConfig
 from agents.curriculum import Uniform
 from agents.types import RecordError, Task, Verdict, Version
-from cluster.buffer import Buffer, BufferConfig, BufferSetup, Fenced, OutOfOrder, close_books
+from cluster.buffer import Buffer, BufferConfig, BufferSetup, Fenced, OutOfOrder
+from cluster.journal import close_books
 from cluster.ledger import audit
 from tests.builders import a_group
 
