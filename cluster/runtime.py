@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -131,6 +132,22 @@ def joined_address(config: RayConfig) -> str:
 def _interrupt(*_: object) -> None:
     """A request to end is answered like Ctrl-C: everything that was started is ended in order."""
     raise KeyboardInterrupt
+
+
+def end_with_parent(grace_s: float = 3.0) -> None:
+    """Ends this process when the one that started it is gone and its own way out takes longer than the grace.
+
+    Ray's workers leave when their raylet dies, but one that hosts an engine may wait for that engine first.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(grace_s)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="gumshoe-parent-watch", daemon=True).start()
 
 
 def actor(cls: type, *, num_cpus: float = 0.0, num_gpus: float = 0.0, **options: Any) -> Any:
