@@ -44,7 +44,7 @@ CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 CHECK = """
 import torch
 assert torch.version.cuda is None, "torch %s is a CUDA build; a CPU build is needed" % torch.__version__
-import faiss, bm25s, omegaconf, transformers, ray, ray.train.torch, vllm
+import faiss, tantivy, omegaconf, transformers, ray, ray.train.torch, vllm
 print("torch", torch.__version__, "ray", ray.__version__, "vllm", vllm.__version__)
 """
 
