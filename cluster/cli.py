@@ -1,4 +1,4 @@
-"""The command line: `gumshoe train|submit|eval|rollout|warmup|report|doctor`, and the entry point of Ray jobs
+"""The command line: `gumshoe train|submit|eval|rollout|warmup|index|serve|world|report|doctor`, and the entry point of Ray jobs
 (`python -m cluster.cli`).
 
 Invariants: `--help` imports nothing heavy; an error a user can mend is one line on stderr and exit status 2; any other
@@ -25,6 +25,8 @@ _EPILOG = """examples:
   gumshoe train demo train.steps=20 seed=3        the same, with other values
   gumshoe train demo --dry-run                    the plan, and all that is missing; starts nothing
   gumshoe submit demo storage_path=/shared/runs   the same training as a job on a Ray cluster
+  gumshoe index pages.jsonl --backend bm25 --out pages.index
+                                                  the search index of a corpus
   gumshoe report runs/demo                        make the page of a run again
 """
 
@@ -87,11 +89,58 @@ def build_parser() -> argparse.ArgumentParser:
         "--groups", type=int, required=True, metavar="N", help="tasks to play, buffer.group_size times each"
     )
     add("warmup", "make the tiny policy's checkpoint by supervised training", _warmup)
+    index = add("index", "build the search index of a corpus", _index, config=False)
+    index.set_defaults(takes_overrides=True, overrides=[])
+    index.add_argument(
+        "corpus",
+        metavar="CORPUS",
+        nargs="+",
+        help="files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt, .md, .html) or folders of them; key=value too",
+    )
+    index.add_argument("--out", required=True, metavar="DIR", help="folder of the index")
+    index.add_argument(
+        "--backend", default="", metavar="KIND", help="faiss, bm25, hybrid, elasticsearch (retrieval.kind=KIND)"
+    )
+    index.add_argument(
+        "--shards", type=int, default=0, metavar="N", help="cut each index into N parts (retrieval.shards=N)"
+    )
+    index.add_argument("--config", default="", metavar="CONFIG", help="take the retrieval section of this config")
+    index.add_argument(
+        "--malformed", choices=("error", "skip"), default="error", help="what to do with an item that does not fit"
+    )
+    index.add_argument(
+        "--columns",
+        default="",
+        metavar="ID=THEIRS,...",
+        help="how records name their fields, such as id=docid,text=body",
+    )
+    index.add_argument(
+        "--dry-run", action="store_true", help="say what it will need and whether that fits (status 2), build nothing"
+    )
     report = add("report", "make the HTML page of a run", _report, config=False)
     report.add_argument("run_dir", metavar="RUN", help="folder of a run, such as runs/demo")
     report.add_argument("--out", default=None, help="where to write it (default: report.html in the run's folder)")
     doctor = add("doctor", "say what is installed, what fits this machine, and how a run went", _doctor, config=False)
     doctor.add_argument("--run", dest="run_dir", default=None, metavar="DIR", help="look at this run instead")
+
+    serve = add("serve", "serve a corpus over HTTP: /retrieve, /access, CaRR's tools, MCP", _serve, config=False)
+    serve.set_defaults(takes_overrides=True)
+    serve.add_argument("target", metavar="INDEX|CONFIG", help="folder of an index, or a YAML file")
+    serve.add_argument("overrides", metavar="key=value", nargs="*", help="values that win over the file's")
+    serve.add_argument("--host", default="", help="address to listen on (default: 127.0.0.1); others need a token")
+    serve.add_argument("--port", type=int, default=None, help="port to listen on (default: 8000); 0 takes a free one")
+    serve.add_argument("--stdio", action="store_true", help="serve one MCP client over standard input and output")
+
+    from cluster.world_command import add_arguments as add_world
+
+    add_world(
+        add(
+            "world",
+            "make a corpus and its tasks: of Debian's packages, of triples, of invented people",
+            _world,
+            config=False,
+        )
+    )
     return parser
 
 
@@ -259,6 +308,30 @@ def _doctor(args: argparse.Namespace) -> int:
     for line in lines:
         print(line)
     return 0 if healthy else 1
+
+
+def _index(args: argparse.Namespace) -> int:
+    from cluster.index import columns_of, index
+    from retrieval.backend import Corpus
+
+    given = [c for c in args.corpus if "=" in c and not Path(c).exists()]
+    corpus = Corpus([c for c in args.corpus if c not in given], args.malformed, columns_of(args.columns))
+    return index(
+        corpus, args.out, config=args.config, overrides=[*given, *args.overrides], kind=args.backend, shards=args.shards,
+        dry_run=args.dry_run,
+    )  # fmt: skip
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from cluster.serve import serve
+
+    return serve(args.target, args.overrides, host=args.host, port=args.port, stdio=args.stdio)
+
+
+def _world(args: argparse.Namespace) -> int:
+    from cluster.world_command import make_world
+
+    return make_world(args)
 
 
 def _print_result(result: Mapping[str, Any]) -> None:

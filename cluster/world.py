@@ -1,20 +1,25 @@
 """The world of a run: documents behind an index, training tasks, and the frozen held-out tasks.
 
-Either a synthetic world (trained in some seeds, evaluated in others) or a user's own JSONL corpus with JSONL tasks.
+Either a synthetic world (trained in some seeds, evaluated in others) or a user's own corpus, or its index, with JSONL tasks.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 from agents.types import Task
 from cluster.errors import UserError
 from cluster.model import resolve
 from envs.jsonl import JsonlWorldConfig, load_tasks
 from envs.world import WorldConfig, build_world
-from retrieval.backend import BackendConfig, build_backend, prepare_backend
+from retrieval.backend import BackendConfig, Corpus, IndexFolder, prepare_folder
+from retrieval.build import build_folder
+from retrieval.config import SERVERS, legs_of, settings
+from retrieval.manifest import digest
 
 
 @dataclass
@@ -28,6 +33,16 @@ class SyntheticConfig:
 
 
 @dataclass
+class CorpusWorldConfig(JsonlWorldConfig):
+    """Where a user's world lies, with all that its corpus may be."""
+
+    index: str = ""
+    """A folder that `gumshoe index` has built, instead of `corpus`; `retrieval.kind: auto` takes its settings."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names under which records have `id`, `title`, `text`, `contents`, such as `{text: body}`."""
+
+
+@dataclass
 class WorldSource:
     """Where documents and tasks come from."""
 
@@ -35,7 +50,7 @@ class WorldSource:
     """`synthetic` or `jsonl`."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """For `kind: synthetic`."""
-    jsonl: JsonlWorldConfig = field(default_factory=JsonlWorldConfig)
+    jsonl: CorpusWorldConfig = field(default_factory=CorpusWorldConfig)
     """For `kind: jsonl`."""
 
 
@@ -60,21 +75,37 @@ def open_world(source: WorldSource, backend: BackendConfig, run_dir: Path, stora
                 "set world.synthetic.train.split=train and world.synthetic.held_out.split=heldout"
             )
         index_dir = run_dir / "index"
-        built = build_backend(backend, [*train.documents, *held_out.documents], index_dir)
-        built.store.close()
+        build_folder(backend, lambda: [*train.documents, *held_out.documents], index_dir)
         return OpenWorld(str(index_dir), list(train.tasks), list(held_out.tasks))
     if source.kind == "jsonl":
         config = source.jsonl
-        if not config.corpus or not config.tasks:
-            raise UserError("world.kind is jsonl, which needs world.jsonl.corpus and world.jsonl.tasks")
-        corpus = [resolve(c) for c in config.corpus]
-        place = hashlib.blake2b("\0".join(map(str, corpus)).encode(), digest_size=4).hexdigest()
-        index_dir = storage / "indexes" / f"{backend.kind}-{corpus[0].stem}-{place}"
-        built = prepare_backend(backend, corpus, index_dir, malformed=config.malformed)
-        known = set(built.store.ids())
-        built.store.close()
         held_out_file = str(resolve(config.eval_tasks)) if config.eval_tasks else ""
+        if not config.tasks:
+            raise UserError("world.kind is jsonl, which needs world.jsonl.tasks")
         files = replace(config, tasks=str(resolve(config.tasks)), eval_tasks=held_out_file)
-        splits = load_tasks(files, known_ids=known)
+        if backend.kind in SERVERS:
+            splits = load_tasks(files)
+            return OpenWorld("", list(splits.train), list(splits.eval))
+        index_dir = _index_of(config, backend, storage)
+        with contextlib.closing(IndexFolder(backend, index_dir).store()) as known:
+            splits = load_tasks(files, known_ids=cast("Collection[str]", known))
         return OpenWorld(str(index_dir), list(splits.train), list(splits.eval))
     raise UserError(f"world.kind is {source.kind!r}; it must be `synthetic` or `jsonl`")
+
+
+def _index_of(config: JsonlWorldConfig, backend: BackendConfig, storage: Path) -> Path:
+    """The index folder that was given, or the one of the corpus, built where it is missing."""
+    index, columns = (config.index, config.columns) if isinstance(config, CorpusWorldConfig) else ("", {})
+    if bool(index) == bool(config.corpus):
+        raise UserError("world.kind is jsonl, which needs either world.jsonl.corpus or world.jsonl.index")
+    if index:
+        return resolve(index)
+    if backend.kind == "auto":
+        raise UserError(
+            "retrieval.kind is auto, which needs world.jsonl.index, a folder that `gumshoe index` has built"
+        )
+    paths = [resolve(c) for c in config.corpus]
+    made = [sorted(map(str, paths)), {leg: settings(backend, leg) for leg in legs_of(backend)}, backend.shards]
+    index_dir = storage / "indexes" / f"{backend.kind}-{paths[0].stem}-{digest(made)[:8]}"
+    prepare_folder(backend, Corpus(paths, config.malformed, columns), index_dir)
+    return index_dir

@@ -86,7 +86,7 @@ class DocStore:
 
     def get(self, ids: Sequence[str]) -> list[Document | None]:
         """Documents in the order asked, None where an id is unknown."""
-        wanted = list(dict.fromkeys(ids))
+        wanted = [i for i in dict.fromkeys(ids) if _can_be_asked(i)]
         found: dict[str, Document] = {}
         for start in range(0, len(wanted), _CHUNK):
             chunk = wanted[start : start + _CHUNK]
@@ -102,15 +102,25 @@ class DocStore:
     def __len__(self) -> int:
         return self._len
 
+    def __contains__(self, id_: object) -> bool:
+        return (
+            isinstance(id_, str)
+            and _can_be_asked(id_)
+            and bool(self._all("SELECT 1 FROM documents WHERE id = ?", [id_]))
+        )
+
     def __iter__(self) -> Iterator[Document]:
         """All documents, by id."""
-        last = ""
+        return self.run("")
+
+    def run(self, first: str) -> Iterator[Document]:
+        """The documents from an id on, by id."""
+        sign = ">="
         while rows := self._all(
-            "SELECT id, title, text, meta FROM documents WHERE id > ? ORDER BY id LIMIT 1000", [last]
+            f"SELECT id, title, text, meta FROM documents WHERE id {sign} ? ORDER BY id LIMIT 1000", [first]
         ):
-            for row in rows:
-                yield _document(row)
-            last = rows[-1][0]
+            yield from map(_document, rows)
+            first, sign = rows[-1][0], ">"
 
     def close(self) -> None:
         self._db.close()
@@ -126,34 +136,9 @@ class DocStore:
             raise StoreError(f"document store {self.path} cannot be read: {error}") from None
 
 
-class MemoryStore:
-    """The same interface over documents in memory, for small worlds and tests."""
-
-    def __init__(self, documents: Iterable[Document]) -> None:
-        report = CorpusReport()
-        self._documents: dict[str, Document] = {}
-        for document in documents:
-            if document.id in self._documents:
-                raise StoreError(f"two documents share the id {document.id!r}")
-            self._documents[document.id] = document
-            report.add(document)
-        self._documents = dict(sorted(self._documents.items()))
-        self.fingerprint = report.fingerprint
-
-    def get(self, ids: Sequence[str]) -> list[Document | None]:
-        return [self._documents.get(i) for i in ids]
-
-    def ids(self) -> list[str]:
-        return list(self._documents)
-
-    def __len__(self) -> int:
-        return len(self._documents)
-
-    def __iter__(self) -> Iterator[Document]:
-        return iter(self._documents.values())
-
-    def close(self) -> None:
-        """Nothing to free."""
+def _can_be_asked(id_: str) -> bool:
+    """Half of a surrogate pair is in no store, and SQLite refuses to look for it."""
+    return id_.isprintable() or id_.encode("utf-8", "ignore").decode() == id_
 
 
 def _rows(documents: Iterable[Document], report: CorpusReport) -> Iterator[tuple[str, str, str, str]]:

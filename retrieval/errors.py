@@ -36,3 +36,7 @@ class DeadlineExceeded(RetrievalError):
 
 class Closed(RetrievalError):
     """The service has been closed."""
+
+
+class Unavailable(RetrievalError):
+    """A part of the service is not there, such as a process that died. Nothing is known about the query; try again later."""

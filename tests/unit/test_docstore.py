@@ -11,20 +11,29 @@ import pytest
 
 from agents.types import Document
 from retrieval.corpus import fingerprint
-from retrieval.docstore import DocStore, MemoryStore
+from retrieval.docstore import DocStore
 from retrieval.errors import StoreError
 
 DOCS = [Document(f"d{i:04}", f"Title {i}", f"text é {i}", {"n": i} if i % 2 else {}) for i in range(1500)]
 
 
-def test_both_stores_agree(tmp_path: Path) -> None:
-    built, memory = DocStore.build(tmp_path / "s.sqlite", reversed(DOCS)), MemoryStore(reversed(DOCS))
-    for store in (built, memory):
-        assert len(store) == 1500 and list(store) == DOCS and store.ids() == [d.id for d in DOCS]
-        assert store.fingerprint == fingerprint(DOCS)
-        assert store.get(["d0003", "nope", "d0001", "d0003"]) == [DOCS[3], None, DOCS[1], DOCS[3]]
-        assert store.get([d.id for d in DOCS]) == DOCS
-        assert store.get([]) == []
+def test_documents_come_by_id_and_in_order(tmp_path: Path) -> None:
+    store = DocStore.build(tmp_path / "s.sqlite", reversed(DOCS))
+    assert len(store) == 1500 and list(store) == DOCS and list(store.run("d1499")) == DOCS[1499:]
+    assert store.fingerprint == fingerprint(DOCS)
+    assert store.get(["d0003", "nope", "d0001", "d0003"]) == [DOCS[3], None, DOCS[1], DOCS[3]]
+    assert store.get([d.id for d in DOCS]) == DOCS
+    assert store.get([]) == [] and store.get(["\ud800", "d0000"]) == [None, DOCS[0]]
+    assert "d0003" in store and "nope" not in store and "\ud800" not in store
+
+
+def test_any_text_is_stored_as_it_is(tmp_path: Path) -> None:
+    odd = [
+        Document("a b", "\x00", "x\x00y\U0001f600\r\n"),
+        Document("东", "", "\ufeff"),
+        Document("z" * 3000, "t", "", {"é": [None, 0.1]}),
+    ]
+    assert list(DocStore.build(tmp_path / "s.sqlite", odd)) == sorted(odd, key=lambda d: d.id)
 
 
 def test_a_failed_build_leaves_the_old_store_and_no_litter(tmp_path: Path) -> None:

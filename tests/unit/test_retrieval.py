@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import math
 import random
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,14 @@ from hypothesis import strategies as st
 
 from agents.types import Document, Query
 from retrieval.analysis import analyzer, words
-from retrieval.backend import BackendConfig, build_backend, prepare_backend, read_manifest
-from retrieval.bm25 import Bm25Index
-from retrieval.encoders import EncoderConfig, HashingEncoder
+from retrieval.backend import BackendConfig, IndexedBackend, build_backend, open_backend, prepare_backend
+from retrieval.chunks import ChunkConfig
+from retrieval.encoders import EncoderConfig
+from retrieval.engine import Found, Queries
 from retrieval.errors import BadQuery, Closed, CorpusError, IndexMismatch, RetrievalError
-from retrieval.faiss_index import FaissIndex
+from retrieval.faiss_config import FaissConfig
+from retrieval.manifest import Manifest
+from retrieval.rerank import RerankConfig
 from tests.builders import write_documents
 
 KINDS = ("faiss", "bm25")
@@ -38,83 +40,6 @@ def test_words_fold_case_forms_and_possessives() -> None:
     assert words("Москва 서울") == ["москва", "서울"]
     with pytest.raises(ValueError, match="unknown language 'klingon'"):
         analyzer("klingon")
-
-
-def test_hashing_encoder_is_the_same_in_every_process() -> None:
-    texts = ["Badokiru lives in Gupezo", "", "東京 tower"]
-    here = HashingEncoder(EncoderConfig(dim=64)).encode_documents(texts)
-    script = (
-        "import json;from retrieval.encoders import *;"
-        f"print(json.dumps(HashingEncoder(EncoderConfig(dim=64)).encode_documents({texts!r}).tolist()))"
-    )
-    root = Path(__file__).parents[2]
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
-    assert np.array_equal(here, np.array(json.loads(out.stdout), dtype=np.float32))
-    assert here.dtype == np.float32
-    assert np.linalg.norm(here, axis=1) == pytest.approx([1, 0, 1])
-
-
-def test_hashing_encoder_weighs_rare_words_and_similar_spellings() -> None:
-    encoder = HashingEncoder(EncoderConfig(dim=4096))
-    encoder.fit(["common rare"] + ["common word"] * 50)
-    rare, common = encoder.encode_documents(["rare thing", "common thing"])
-    query = encoder.encode_queries(["common rare"])[0]
-    assert query @ rare > query @ common
-    plain = HashingEncoder(EncoderConfig(dim=4096, idf=False))
-    name, typo, other = plain.encode_documents(["Badokiru", "Badokira", "Lomitave"])
-    assert name @ typo > 0.05 > abs(name @ other)
-    # tf is sublinear: three times the word weighs 1 + ln 3 against another single word
-    vectors = HashingEncoder(EncoderConfig(dim=1 << 16, char_max=0)).encode_documents(["aa aa aa bb", "aa"])
-    assert vectors[0] @ vectors[1] == pytest.approx((1 + math.log(3)) / math.hypot(1 + math.log(3), 1), abs=1e-5)
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 12))
-@settings(max_examples=25, deadline=None)
-def test_faiss_gives_the_exact_top_k_with_ties_by_id(seed: int, k: int) -> None:
-    rng = np.random.default_rng(seed)
-    # few distinct vectors, so that ties are the rule
-    pool = rng.integers(-1, 2, (4, 8)).astype(np.float32)
-    vectors = pool[rng.integers(0, 4, 60)]
-    ids = [f"{i}" for i in rng.permutation(60)]
-    queries = pool[:3] + 0.5
-    found = FaissIndex.build(vectors, ids).search(queries, k)
-    for query, hits in zip(queries, found, strict=True):
-        scores = vectors.astype(np.float64) @ query.astype(np.float64)
-        expected = sorted(zip(ids, scores, strict=True), key=lambda p: (-p[1], p[0]))[:k]
-        assert [h[0] for h in hits] == [e[0] for e in expected]
-        assert [h[1] for h in hits] == pytest.approx([e[1] for e in expected])
-
-
-def test_faiss_scores_do_not_depend_on_the_batch() -> None:
-    rng = np.random.default_rng(1)
-    vectors, queries = (rng.standard_normal((n, 96)).astype(np.float32) for n in (500, 64))
-    index = FaissIndex.build(vectors, [f"{i:03}" for i in range(500)])
-    assert index.search(queries, 7) == [index.search(q[None], 7)[0] for q in queries]
-    assert index.search(np.zeros((1, 96), dtype=np.float32), 3) == [[]]
-    with pytest.raises(IndexMismatch, match="95 dimensions, the index has 96"):
-        index.search(queries[:, :95], 3)
-
-
-def test_bm25_matches_lucenes_formula_by_hand() -> None:
-    texts = {"a": "cat dog", "b": "cat cat bird fish", "c": "fish"}
-    index = Bm25Index.build(texts.values(), list(texts), k1=1.2, b=0.75, language="none")
-    # idf(cat) = ln(1 + (3 - 2 + 0.5) / (2 + 0.5)); average length 7/3
-    idf = math.log(1 + 1.5 / 2.5)
-
-    def score(tf: int, length: int) -> float:
-        return idf * tf / (tf + 1.2 * (1 - 0.75 + 0.75 * length / (7 / 3)))
-
-    found = index.search("Cat unknown", 5)
-    assert [f[0] for f in found] == ["b", "a"]
-    assert [f[1] for f in found] == pytest.approx([score(2, 4), score(1, 2)], rel=1e-5)
-    assert index.search("nothing known", 5) == [] and index.search("", 5) == []
-
-
-def test_bm25_stems_and_breaks_ties_by_id_at_the_edge() -> None:
-    ids = sorted(f"d{i}" for i in range(30))
-    index = Bm25Index.build(["running shoes"] * 30, ids)
-    assert [i for i, _ in index.search("he runs", 7)] == ids[:7]
-    assert Bm25Index.build(["the of", "!"], ["a", "b"]).search("the", 2) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,18 +83,44 @@ def test_an_index_that_does_not_fit_is_refused_with_both_values(tmp_path: Path) 
         build_backend(BackendConfig(kind="bm25"), directory=tmp_path / "i")
     with pytest.raises(RetrievalError, match="holds no index"):
         build_backend(BackendConfig(), directory=tmp_path)
-    with pytest.raises(ValueError, match="unknown retrieval backend 'magic'; known: bm25, faiss"):
+    with pytest.raises(IndexMismatch, match=r"chunk\.unit: built with 'none', asked for 'words'"):
+        build_backend(
+            BackendConfig(chunk=ChunkConfig("words"), encoder=EncoderConfig(dim=64)), directory=tmp_path / "i"
+        )
+    with pytest.raises(ValueError, match="unknown retrieval backend 'magic'; known: auto, bm25, "):
         build_backend(BackendConfig(kind="magic"), corpus(5))
     with pytest.raises(CorpusError, match="no documents"):
         build_backend(BackendConfig(), [], tmp_path / "j")
     assert [p.name for p in tmp_path.iterdir()] == ["i"]
     (tmp_path / "i" / "documents.sqlite").unlink()
     write_documents(tmp_path / "other.jsonl", corpus(6))
-    other = build_backend(BackendConfig(kind="bm25"), corpus(6), tmp_path / "o")
+    build_backend(BackendConfig(kind="bm25"), corpus(6), tmp_path / "o")
     (tmp_path / "i" / "documents.sqlite").write_bytes((tmp_path / "o" / "documents.sqlite").read_bytes())
-    old, new = read_manifest(tmp_path / "i")["corpus"], other.store.fingerprint
+    old, new = (Manifest.read(tmp_path / name).corpus for name in ("i", "o"))
     with pytest.raises(IndexMismatch, match=f"corpus {old}, its documents are {new}"):
         build_backend(BackendConfig(kind="faiss", encoder=EncoderConfig(dim=64)), directory=tmp_path / "i")
+
+
+def test_a_folder_whose_parts_disagree_is_refused_with_both_values(tmp_path: Path) -> None:
+    config = BackendConfig(encoder=EncoderConfig(dim=64))
+    build_backend(config, corpus(5), tmp_path / "i")
+    manifest = json.loads((tmp_path / "i" / "manifest.json").read_text())
+    for change, says in (
+        ({"encoder": {**manifest["encoder"], "dim": 32}}, "encoder of index .*: dim: built with 32, found 64"),
+        ({"passages": 6}, "passages: built with 6, found 5"),
+        (
+            {"legs": {"faiss": {**manifest["legs"]["faiss"], "spec": {"kind": "old"}}}},
+            "kind: built with 'old', found 'faiss'",
+        ),
+        ({"format": 1}, "has format 1, this version reads 2"),
+        ({"config": {"kind": "faiss", "chunks": 1}}, "another version"),
+    ):
+        (tmp_path / "i" / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(IndexMismatch, match=says):
+            open_backend(config, tmp_path / "i")
+    (tmp_path / "i" / "manifest.json").write_text("{")
+    with pytest.raises(RetrievalError, match="not a readable manifest"):
+        open_backend(config, tmp_path / "i")
 
 
 def test_prepare_reuses_what_fits_and_rebuilds_what_does_not(tmp_path: Path) -> None:
@@ -182,3 +133,94 @@ def test_prepare_reuses_what_fits_and_rebuilds_what_does_not(tmp_path: Path) -> 
     write_documents(path, corpus(21))
     assert prepare_backend(config, path, tmp_path / "i").info().num_docs == 21
     assert prepare_backend(BackendConfig(kind="faiss"), path, tmp_path / "i").info().name == "faiss"
+
+
+def tied(rng: random.Random, n: int) -> list[Document]:
+    """Documents of few different texts, so that equal scores are the rule."""
+    texts = [" ".join(rng.choices(["ka", "lo", "mi", "ru"], k=rng.randint(1, 4))) for _ in range(4)]
+    return [Document(f"{rng.randrange(10**6)}-{i}", "", rng.choice(texts)) for i in range(n)]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 5), st.integers(1, 40), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_shards_of_a_flat_index_give_what_the_whole_gives(seed: int, shards: int, k: int, chunked: bool) -> None:
+    rng = random.Random(seed)
+    documents = tied(rng, rng.randint(1, 60))
+    chunk = ChunkConfig("words", 2) if chunked else ChunkConfig()
+    config = BackendConfig(encoder=EncoderConfig(dim=64), chunk=chunk)
+    queries = [Query(text, k) for text in ("ka", "lo mi", "ru ru ka", "nothing known")]
+    whole, cut = build_backend(config, documents), build_backend(replace(config, shards=shards), documents)
+
+    async def search() -> None:
+        assert await whole.search(queries) == await cut.search(queries)
+        assert whole.info() == cut.info()
+        for backend in (whole, cut):
+            await backend.close()
+
+    asyncio.run(search())
+
+
+async def test_passages_are_found_where_they_stand_and_documents_once() -> None:
+    filler = "Nothing of note stands here at all. "
+    documents = [
+        Document("long", "Tower", filler * 20 + "The lighthouse was built by Zupero. " + filler * 20),
+        Document("many", "Other", "Zupero came. " * 200),
+        *(Document(f"d{i}", "Page", filler) for i in range(30)),
+        Document("short", "", "Zupero came once, and somebody saw."),
+        Document("empty", "Zupero", ""),
+    ]
+    for kind in KINDS:
+        backend = build_backend(BackendConfig(kind=kind, chunk=ChunkConfig("words", 12, 3)), documents)
+        (found,) = await backend.search([Query("who built the lighthouse Zupero", k=4)])
+        assert found[0].doc_id == "long" and found[0].span is not None
+        start, end = found[0].span
+        assert "lighthouse was built by Zupero" in documents[0].text[start:end] and end - start < 120
+        # `many` alone fills the first rows: more of them are fetched until k documents are there
+        (found,) = await backend.search([Query("Zupero came", k=4)])
+        assert [h.doc_id for h in found][:1] == ["many"] and {h.doc_id for h in found} == {
+            "many",
+            "short",
+            "long",
+            "empty",
+        }
+        assert next(h.span for h in found if h.doc_id == "empty") == (0, 0)
+        await backend.close()
+
+
+async def test_a_query_finds_the_same_in_any_company() -> None:
+    class Approximate:
+        """Finds other rows when it is asked for more of them, as HNSW does."""
+
+        async def search(self, queries: Queries, k: int) -> list[Found]:
+            return [Found(np.arange(k) + k, -np.arange(k, dtype=float)) for _ in queries.texts]
+
+        async def close(self) -> None:
+            pass
+
+    real = build_backend(BackendConfig(kind="bm25"), corpus(500))
+    backend = IndexedBackend(real.info(), real._pages, real._rows, [Approximate()], [0])  # type: ignore[attr-defined]
+    queries = [Query("a", k) for k in (1, 5, 16, 17, 40, 100)]
+    assert await backend.search(queries) == [(await backend.search([q]))[0] for q in queries]
+
+
+async def test_auto_takes_all_settings_from_the_folder(tmp_path: Path) -> None:
+    made = BackendConfig(
+        shards=3, title_weight=1, chunk=ChunkConfig("words", 9), encoder=EncoderConfig(dim=64, idf=False)
+    )
+    built = build_backend(made, corpus(20), tmp_path / "i")
+    opened = open_backend(BackendConfig(kind="auto"), tmp_path / "i")
+    assert opened.info() == built.info() and opened.info().name == "faiss"
+    queries = [Query(d.text, 3) for d in corpus(20)]
+    assert await opened.search(queries) == await built.search(queries)
+    # settings of the search and the number of shards need no other index
+    runtime = replace(made, shards=1, faiss=FaissConfig(nprobe=3), threads=2)
+    assert await open_backend(runtime, tmp_path / "i").search(queries) == await built.search(queries)
+    reranked = open_backend(BackendConfig(kind="auto", rerank=RerankConfig(url="http://127.0.0.1:1")), tmp_path / "i")
+    assert reranked.info().name == "faiss+rerank"
+    with pytest.raises(ValueError, match="needs the folder"):
+        open_backend(made, None)
+
+
+def test_what_cannot_be_sharded_says_so() -> None:
+    with pytest.raises(RetrievalError, match="bm25 index cannot be cut into shards; set shards=1"):
+        build_backend(BackendConfig(kind="bm25", shards=2), corpus(20))
