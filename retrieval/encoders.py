@@ -1,17 +1,20 @@
 """Encoders: texts to vectors whose inner product is the score.
 
-Invariants: vectors are float32 and of length 1 (or 0 when a text has no terms); documents and queries are encoded by
-separate methods, since many models prefix them differently; `spec()` names everything that changes the vectors and goes into
-the index fingerprint. The hashing encoder needs no download and gives the same vectors in every process.
+Invariants: vectors are float32 and of length 1 (or 0 when a text has no terms), unless `normalize` is off; documents and
+queries are encoded by separate methods, since many models prefix them differently; `spec()` names everything that changes the
+vectors and goes into the index fingerprint. The hashing encoder needs no download and gives the same vectors in every
+process; those of models differ in their last bits with batch and machine (`"repeatable": False` in the spec), so rankings are
+exact only for vectors that are given.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,12 +23,14 @@ from retrieval.analysis import ANALYSIS, words
 
 _IDF_BUCKETS = 1 << 16
 _MAX_CACHED_WORDS = 500_000
+_DIM = 1024
 
 
 class Encoder(Protocol):
-    """What a dense index asks of an encoder."""
+    """What a dense index asks of an encoder. One that must see the corpus first has `fit(texts)` besides."""
 
-    dim: int
+    @property
+    def dim(self) -> int: ...
 
     def spec(self) -> dict[str, Any]: ...
 
@@ -36,22 +41,114 @@ class Encoder(Protocol):
     def state(self) -> dict[str, np.ndarray]: ...
 
 
+_RUNTIME: dict[str, Any] = {"runtime": True}
+
+
 @dataclass
 class EncoderConfig:
-    """Which encoder, and how."""
+    """Which encoder, and how. Fields marked `runtime` do not change the vectors beyond rounding."""
 
     kind: str = "hashing"
-    """`hashing`: deterministic, offline."""
-    dim: int = 1024
-    """Length of the vectors; an index needs 4 bytes times `dim` per document."""
+    """`hashing`: words, deterministic, offline. `hf`: a sentence-transformers or Hugging Face model. `endpoint`: an
+    OpenAI-compatible server."""
+    dim: int = 0
+    """Length of the vectors; an index needs 4 bytes times `dim` per passage. 0: 1024 for `hashing`, else all that the model
+    gives; a smaller number keeps the first ones, for models that were trained to be cut."""
     char_min: int = 3
-    """Shortest character n-gram inside a word."""
+    """hashing: shortest character n-gram inside a word."""
     char_max: int = 4
-    """Longest character n-gram; 0 turns n-grams off."""
+    """hashing: longest character n-gram; 0 turns n-grams off."""
     char_weight: float = 0.5
-    """Length of a word's n-gram part relative to the word itself: how much similar spellings count."""
+    """hashing: length of a word's n-gram part relative to the word itself: how much similar spellings count."""
     idf: bool = True
-    """Weigh rare words more, with document frequencies fitted on the corpus."""
+    """hashing: weigh rare words more, with document frequencies fitted on the corpus."""
+    model: str = ""
+    """hf: a folder, `package:NAME` for one inside an installed Python package, or a model id of the hub. endpoint: the name
+    that the server knows."""
+    revision: str = ""
+    """hf: commit, branch or tag of a model id."""
+    pooling: str = ""
+    """hf: `mean`, `cls` or `last` (token). Empty: as the model's folder says, else as its family does, else mean."""
+    normalize: bool | None = None
+    """Scale vectors to length 1, so that scores are cosines. Null: yes, unless the model's folder says its score is `dot`."""
+    query_prefix: str | None = None
+    """Stands before each query. Null: as the model's folder says, else as its family does (E5, BGE, GTE, Qwen3-Embedding)."""
+    document_prefix: str | None = None
+    """Stands before each document. Null: likewise."""
+    max_length: int = 0
+    """Longest text in tokens, the rest is cut off (endpoint: 4 characters count as one). 0: as the model says; endpoint: no cut."""
+    dtype: str = field(default="", metadata=_RUNTIME)
+    """hf: `float32`, `float16` or `bfloat16`. Empty: float16 on a GPU, else float32."""
+    device: str = field(default="", metadata=_RUNTIME)
+    """hf: such as `cpu` or `cuda:1`. Empty: a GPU when there is one."""
+    batch_tokens: int = field(default=0, metadata=_RUNTIME)
+    """hf: tokens of one forward pass, padding counted. 0: 1024 on a CPU, where more leave its caches, else 16384."""
+    threads: int = field(default=0, metadata=_RUNTIME)
+    """hf: torch's threads, of the whole process. 0: as they are."""
+    url: str = field(default="", metadata=_RUNTIME)
+    """endpoint: such as `http://localhost:8000/v1`; `/embeddings` is added."""
+    api_key_env: str = field(default="", metadata=_RUNTIME)
+    """endpoint: name of the environment variable that holds the key. Empty: none is sent."""
+    batch_size: int = field(default=64, metadata=_RUNTIME)
+    """endpoint: texts of one request."""
+    concurrency: int = field(default=4, metadata=_RUNTIME)
+    """endpoint: requests under way at once."""
+    attempts: int = field(default=5, metadata=_RUNTIME)
+    """endpoint: tries of one request, with growing pauses."""
+    timeout_s: float = field(default=60.0, metadata=_RUNTIME)
+    """endpoint: of one try."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "concurrency", "attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"encoder.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("dim", "max_length", "threads", "batch_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"encoder.{name} is {getattr(self, name)}; it must not be negative")
+        if self.pooling not in ("", *POOLINGS):
+            raise ValueError(f"encoder.pooling is {self.pooling!r}; known: {', '.join(POOLINGS)}")
+        if self.kind in ("hf", "endpoint") and not self.model:
+            raise ValueError(f"encoder.kind {self.kind} needs encoder.model")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the authors of a line of models say about their use, in the model cards."""
+
+    pooling: str = "mean"
+    query_prefix: str = ""
+    document_prefix: str = ""
+
+
+POOLINGS = ("mean", "cls", "last")
+_WEB = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
+FAMILIES: tuple[tuple[str, Family], ...] = (
+    (r"qwen3-embedding", Family("last", _WEB)),
+    (r"gte-qwen", Family("last", _WEB + " ")),
+    (r"e5-mistral", Family("last", _WEB + " ")),
+    (r"e5-.*-instruct", Family("mean", _WEB + " ")),
+    (r"(^|-)e5-", Family("mean", "query: ", "passage: ")),
+    (r"bge-.*-en", Family("cls", "Represent this sentence for searching relevant passages: ")),
+    (r"bge-.*-zh", Family("cls", "为这个句子生成表示以用于检索相关文章：")),
+    (r"bge-|gte-.*(v1\.5|modernbert)", Family("cls")),
+)
+"""Pattern of the model's own name, in lower case, and its family; the first that fits counts."""
+
+
+def family_of(*names: str) -> Family:
+    """By the last part of each name in turn, such as `intfloat/e5-base-v2`. Mean pooling without prefixes when none is known."""
+    for name in names:
+        own = name.rstrip("/").rpartition("/")[2].lower()
+        for pattern, family in FAMILIES:
+            if re.search(pattern, own):
+                return family
+    return Family()
+
+
+def unit(vectors_ND: np.ndarray) -> np.ndarray:
+    """Vectors of length 1; those of length 0 stay. float32 [N, D]"""
+    lengths_N = np.sqrt(np.square(vectors_ND, dtype=np.float64).sum(axis=1, keepdims=True))
+    return np.divide(vectors_ND, lengths_N, where=lengths_N > 0, out=np.zeros(vectors_ND.shape)).astype(np.float32)
 
 
 class HashingEncoder:
@@ -63,12 +160,12 @@ class HashingEncoder:
     """
 
     def __init__(self, config: EncoderConfig, state: Mapping[str, np.ndarray] | None = None) -> None:
-        if config.dim < 8:
+        self.dim = config.dim or _DIM
+        if self.dim < 8:
             raise ValueError(f"encoder dim {config.dim} is too small; use at least 8")
         if config.char_max and not 0 < config.char_min <= config.char_max:
             raise ValueError(f"encoder n-grams {config.char_min}..{config.char_max} are not a range")
         self.config = config
-        self.dim = config.dim
         self._idf: np.ndarray | None = None
         self._cache: dict[str, tuple[np.ndarray, np.ndarray, int]] = {}
         if state and "idf" in state:
@@ -90,7 +187,7 @@ class HashingEncoder:
         c = self.config
         state = "" if self._idf is None else hashlib.blake2b(self._idf.tobytes(), digest_size=8).hexdigest()
         return {
-            "kind": "hashing", "version": 1, "analysis": ANALYSIS, "dim": c.dim, "char_min": c.char_min, "char_max": c.char_max,
+            "kind": "hashing", "version": 1, "analysis": ANALYSIS, "dim": self.dim, "char_min": c.char_min, "char_max": c.char_max,
             "char_weight": c.char_weight, "idf": state,
         }  # fmt: skip
 
@@ -151,13 +248,30 @@ def _bucket(word: str) -> int:
     return _hash("i" + word) % _IDF_BUCKETS
 
 
-ENCODERS: dict[str, Callable[[EncoderConfig, Mapping[str, np.ndarray] | None], HashingEncoder]] = {
+State = Mapping[str, np.ndarray]
+
+
+def _hf(config: EncoderConfig, state: State | None) -> Encoder:
+    from retrieval.encode_hf import HfEncoder
+
+    return HfEncoder(config)
+
+
+def _endpoint(config: EncoderConfig, state: State | None) -> Encoder:
+    from retrieval.encode_http import EndpointEncoder
+
+    return EndpointEncoder(config)
+
+
+ENCODERS: dict[str, Callable[[EncoderConfig, State | None], Encoder]] = {
+    "endpoint": _endpoint,
     "hashing": HashingEncoder,
+    "hf": _hf,
 }
 
 
-def make_encoder(config: EncoderConfig, state: Mapping[str, np.ndarray] | None = None) -> HashingEncoder:
-    """The encoder a configuration names. Raises ValueError that lists the known kinds."""
+def make_encoder(config: EncoderConfig, state: State | None = None) -> Encoder:
+    """The encoder a configuration names. Raises ValueError that lists the known kinds, and RetrievalError."""
     if config.kind not in ENCODERS:
         raise ValueError(f"unknown encoder {config.kind!r}; known: {', '.join(sorted(ENCODERS))}")
     return ENCODERS[config.kind](config, state)

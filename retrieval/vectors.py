@@ -1,0 +1,109 @@
+"""The vectors of a corpus in one file, encoded block by block, so that a build that was killed goes on where it stood.
+
+Invariants: the file is a `.npy` array of its final shape that grows by whole blocks; what is written is never touched again, a
+half-written block is cut off; blocks always begin at the same rows, so an interrupted encoding gives the bytes of one that
+was not (where the encoder itself is repeatable for equal batches). A file that another encoder began is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retrieval.encoders import Encoder
+from retrieval.errors import IndexMismatch, RetrievalError
+
+BLOCK = 2048
+"""Rows of a block. The encoder sorts them by length, so more of them need less padding."""
+
+
+def encode_rows(
+    encoder: Encoder,
+    texts: Callable[[int], Iterator[str]],
+    num_rows: int,
+    path: Path,
+    *,
+    corpus: str = "",
+    dtype: str = "float32",
+    block: int = BLOCK,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """The vectors of all rows, memory-mapped, [num_rows, dim]; encodes those that the file does not hold yet.
+
+    `texts(first)` yields the texts of the rows from `first` on; `corpus` names what they are of; `progress(done, total)` is called
+    after each block, and once before. Beside `path` stands `path` + `.json`, which says whose vectors they are. Raises
+    IndexMismatch (both values named) when the file belongs to others, RetrievalError when the texts are fewer or more than
+    `num_rows`, and what the encoder raises.
+    """
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"vectors of dtype {dtype!r} are not known; known: float32, float16")
+    about = {
+        "corpus": corpus, "rows": num_rows, "dim": encoder.dim, "dtype": dtype, "block": block, **_flat(encoder.spec())
+    }  # fmt: skip
+    _check(path, about)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (num_rows, encoder.dim)}
+    )
+    start, width = len(header.getvalue()), np.dtype(dtype).itemsize * encoder.dim
+    with path.open("ab") as file:
+        done = min(num_rows, max(0, file.tell() - start) // width)
+        if done < num_rows:
+            done = done // block * block
+        if file.tell() < start:
+            file.truncate(0)
+            file.write(header.getvalue())
+        file.truncate(start + done * width)
+        if progress is not None:
+            progress(done, num_rows)
+        if done < num_rows:
+            stream = texts(done)
+            while done < num_rows:
+                batch = list(islice(stream, min(block, num_rows - done)))
+                if not batch:
+                    raise RetrievalError(f"the corpus gave {done} texts for {num_rows} rows; build the index again")
+                if done + len(batch) == num_rows and next(stream, None) is not None:
+                    raise RetrievalError(f"the corpus gave more texts than {num_rows} rows; build the index again")
+                vectors_BD = np.ascontiguousarray(encoder.encode_documents(batch), dtype=dtype)
+                file.write(vectors_BD.tobytes())
+                file.flush()
+                done += len(batch)
+                if progress is not None:
+                    progress(done, num_rows)
+        os.fsync(file.fileno())
+    vectors_ND: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return vectors_ND
+
+
+def _check(path: Path, about: dict[str, Any]) -> None:
+    """Refuses a file that others began; says whose it is when it is new."""
+    note = path.with_name(path.name + ".json")
+    try:
+        begun = json.loads(note.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        begun = None
+    except (OSError, ValueError) as error:
+        raise RetrievalError(f"{note} cannot be read ({error}); delete it and {path.name} to encode anew") from None
+    if begun is None:
+        path.unlink(missing_ok=True)
+        part = note.with_name(note.name + ".part")
+        part.write_text(json.dumps(about, indent=1, sort_keys=True), encoding="utf-8")
+        part.replace(note)
+    elif begun != about:
+        wrong = [
+            f"{k}: begun with {begun.get(k)!r}, now {about.get(k)!r}"
+            for k in sorted(begun.keys() | about.keys())
+            if begun.get(k) != about.get(k)
+        ]
+        raise IndexMismatch(f"vectors {path} belong to others: {'; '.join(wrong)}; delete them or mend the config")
+
+
+def _flat(spec: dict[str, Any]) -> dict[str, Any]:
+    return {f"encoder.{k}": v for k, v in json.loads(json.dumps(spec)).items()}
