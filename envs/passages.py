@@ -1,64 +1,19 @@
-"""Which part of a document's text the agent reads: snippets, pages and matches. Pure functions of text.
+"""Which part of a document's text the agent reads: pages and matches; snippets come from `retrieval.snippets`. Pure functions of text.
 
-Invariants: a snippet never exceeds its limit; the pages of a text, put together, are the text; a match's context is cut
-from the text as it stands.
+Invariants: the pages of a text, put together, are the text; a match's context is cut from the text as it stands.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
 from collections import Counter
 
-from retrieval.analysis import STOPWORDS_ENGLISH, stem, stems, words
+from retrieval.analysis import words
+from retrieval.snippets import lead, one_line, window
 
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])[\"')\]]*\s+|(?<=[。！？])")
+__all__ = ["lead", "matches", "one_line", "pages", "window"]
 _PAGE_SLACK = 200
 _FUZZY_OVERLAP = 0.8
-
-
-def one_line(text: str) -> str:
-    """The text on one line, with single spaces."""
-    return " ".join(text.split())
-
-
-def lead(text: str, limit: int) -> str:
-    """The start of a text, at most `limit` characters, cut after a sentence if one ends in its second half, else a word."""
-    text = one_line(text)
-    if len(text) <= limit:
-        return text
-    head = text[:limit]
-    ends = [m.start() for m in _SENTENCE_END.finditer(text[: limit + 1]) if limit // 2 <= m.start() <= limit]
-    if ends:
-        return head[: ends[-1]].rstrip()
-    if text[limit] != " " and " " in head:
-        head = head[: head.rindex(" ")]
-    return head.rstrip()
-
-
-def window(text: str, query: str, limit: int) -> str:
-    """The passage with most of the query's words, rare ones weighing more; the start of the text if it has none."""
-    text = one_line(text)
-    if len(text) <= limit:
-        return text
-    wanted = {stem(w) for w in words(query) if w not in STOPWORDS_ENGLISH}
-    hits = [(start, end, term) for start, end, term in stems(text) if term in wanted]
-    if not hits:
-        return lead(text, limit)
-    frequency = Counter(term for _, _, term in hits)
-    sentences = [0] + [m.end() for m in _SENTENCE_END.finditer(text)]
-    starts = [start for start, _, _ in hits]
-    best, best_score = 0, -1.0
-    for start in starts:
-        # from the start of its sentence, if that leaves half of the passage for what follows
-        begin = sentences[bisect_right(sentences, start) - 1]
-        if start - begin > limit // 2:
-            begin = start
-        inside = hits[bisect_left(starts, begin) : bisect_right(starts, begin + limit)]
-        score = sum(1.0 / frequency[t] for t in sorted({t for _, end, t in inside if end <= begin + limit}))
-        if score > best_score:
-            best, best_score = begin, score
-    return lead(text[best:], limit)
 
 
 def pages(text: str, page_chars: int) -> list[str]:
