@@ -1,4 +1,4 @@
-"""The log of a session: every call with what came back, as a hash.
+"""The log of a session: every call with what came back, as a hash; what was masked; which faults were made.
 
 Invariant: the same seed and the same actions give the same journal, timing fields aside (`same`).
 """
@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from agents.types import ToolEvent
+from envs.guard import Mask
+from retrieval.errors import RetrievalError
+
+
+class ReplayMiss(RetrievalError):
+    """A replay was asked for what its recording does not hold; the message names the request and the nearest recorded one."""
 
 
 @dataclass(frozen=True)
@@ -32,31 +39,38 @@ class Entry:
     """Of the retrieval backend."""
     attempts: int = 1
     """How often the backend was asked; above 1 after failures."""
+    charged: bool = False
+    """Counted against the budget of its tool; mistakes, calls over budget and trouble of the backend are not."""
+    masks: tuple[Mask, ...] = ()
+    """What the guard did, in order."""
+    faults: tuple[str, ...] = ()
+    """Faults made on purpose that took effect, in order."""
 
 
 class Journal:
-    """Grows by one entry per call."""
+    """Grows by one entry per call. `sink` is handed each of them with its event."""
 
-    def __init__(self) -> None:
+    def __init__(self, sink: Callable[[Entry, ToolEvent], None] | None = None) -> None:
         self.entries: list[Entry] = []
+        self._sink = sink
 
-    def add(self, event: ToolEvent, *, cached: bool, fingerprint: str, attempts: int) -> None:
-        """Notes a finished call."""
-        call = event.call
-        arguments, result = dict(call.arguments), result_hash(event)
-        self.entries.append(
-            Entry(
-                len(self.entries),
-                call.name,
-                arguments,
-                result,
-                event.error,
-                event.latency_s,
-                cached,
-                fingerprint,
-                attempts,
-            )
+    def add(self, event: ToolEvent, **facts: Any) -> None:
+        """Notes a finished call; `facts` are the fields of `Entry` that the event does not tell."""
+        call, given = event.call, event.call.arguments
+        arguments = dict(given) if isinstance(given, Mapping) else {"": given}
+        entry = Entry(
+            len(self.entries), call.name, arguments, result_hash(event), event.error, event.latency_s, **facts
         )
+        self.entries.append(entry)
+        if self._sink is not None:
+            self._sink(entry, event)
+
+    def masked(self) -> Counter[tuple[str, str]]:
+        """The audit: (rule, document) -> how often the guard hid the document or masked something in it."""
+        found: Counter[tuple[str, str]] = Counter()
+        for mask in (m for entry in self.entries for m in entry.masks):
+            found[mask.rule, mask.doc_id] += mask.times
+        return found
 
     def rows(self) -> list[dict[str, Any]]:
         """Plain values, one mapping per call, ready for JSON lines."""
@@ -65,8 +79,12 @@ class Journal:
 
 def result_hash(event: ToolEvent) -> str:
     """32 hex digits over everything the agent could learn from the call."""
-    content = [event.text, event.error, [[s.doc_id, s.kind, s.title, s.date, s.text] for s in event.seen]]
-    encoded = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return digest([event.text, event.error, [[s.doc_id, s.kind, s.title, s.date, s.text] for s in event.seen]])
+
+
+def digest(value: Any) -> str:
+    """32 hex digits over plain values."""
+    encoded = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 

@@ -7,6 +7,8 @@ Invariants:
 - `ToolEvent.seen` holds exactly the text the agent was shown of each document; evidence is gathered from it alone.
 - Trouble of the backend is retried, then reported as error `backend`, which masks the rollout; it is not charged.
 - The guard judges every document after the shared caches, since what may be shown differs from trajectory to trajectory.
+  What it hides as a mask reads like a document that does not exist, whatever id it was asked by.
+- Where faults are made on purpose, documents are fetched anew for each call, so that every `open` can suffer them.
 
 Calls of one session run one after another; sessions are independent.
 """
@@ -17,33 +19,24 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from agents.interfaces import Backend
 from agents.types import Document, Hit, Query, Seen, SeenKind, ToolCall, ToolEvent
 from envs.config import SandboxConfig
-from envs.journal import Journal
-from envs.passages import lead, matches, one_line, pages, window
+from envs.faults import FaultyBackend
+from envs.guard import Guards
+from envs.journal import Journal, ReplayMiss
+from envs.masks import Sight, date_of
+from envs.passages import matches, pages
 from retrieval.errors import BadQuery
+from retrieval.snippets import lead, one_line, snippet
 
 T = TypeVar("T")
 _BUDGETS = {"search": ("max_searches", "searches"), "open": ("max_opens", "opens"), "find": ("max_finds", "finds")}
 _ARGUMENTS = {"search": {"query", "k"}, "open": {"doc_id", "page"}, "find": {"pattern"}}
 
-
 _TITLE_CHARS = 200
-
-
-class Guard(Protocol):
-    """Decides per trajectory what may be shown. Leak guards and masks implement it."""
-
-    def review(self, document: Document) -> Document | None:
-        """The document as this trajectory may see it; None hides it."""
-        ...
-
-    def opened(self, doc_id: str) -> None:
-        """Called after a document was shown by `open`."""
-        ...
 
 
 class _Refusal(Exception):
@@ -62,14 +55,16 @@ class Session:
         backend: Backend,
         config: SandboxConfig | None = None,
         *,
-        guard: Guard | None = None,
+        guard: Guards | None = None,
+        journal: Journal | None = None,
         count_tokens: Callable[[str], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config or SandboxConfig()
-        self.journal = Journal()
+        self.journal = journal or Journal()
         self._backend = backend
         self._guard = guard
+        self._faults = backend if isinstance(backend, FaultyBackend) else None
         self._count = count_tokens or (lambda text: (len(text) + 3) // 4)
         self._clock = clock
         self._started = clock()
@@ -77,16 +72,19 @@ class Session:
         self._results: list[str] = []
         self._documents: dict[str, Document] = {}
         self._page: Document | None = None
-        self._cached = True
-        self._attempts = 0
+        self._cached, self._charged, self._attempts = True, False, 0
         self._closed = False
 
     async def call(self, call: ToolCall) -> ToolEvent:
-        """Runs a call. Never raises for what the agent or the backend does; RuntimeError once closed."""
+        """Runs a call. Never raises for what the agent or the backend does; ReplayMiss for what a recording lacks,
+        RuntimeError once closed."""
         if self._closed:
             raise RuntimeError("the sandbox session is closed")
         started = self._clock()
-        self._cached, self._attempts = True, 0
+        self._cached, self._charged, self._attempts = True, False, 0
+        if self._faults is not None:
+            self._faults.begin(len(self.journal.entries), call.name)
+            self._documents.clear()
         text, error = "", ""
         seen: tuple[Seen, ...] = ()
         before = self._page, self._results
@@ -98,9 +96,9 @@ class Session:
             tokens = self._count(text)
             left = self.config.max_observation_tokens - self._used["tokens"]
             if self.config.max_observation_tokens and tokens > left:
-                raise _Refusal(
-                    "budget", f"this result has {tokens} tokens, but only {max(0, left)} may still be read; answer with what you have."
-                )  # fmt: skip
+                raise self._spent(
+                    f"this result has {tokens} tokens, but only {max(0, left)} may still be read; answer with what you have."
+                )
             self._used["tokens"] += tokens
         except _Refusal as refusal:
             text, seen, error = f"Error: {refusal.sentence}", (), refusal.code
@@ -108,11 +106,17 @@ class Session:
         if call.name == "open" and not error and self._guard is not None:
             self._guard.opened(seen[0].doc_id)
         event = ToolEvent(call, text, seen, error, self._clock() - started)
+        cached = self._cached and not error
+        self._used["cached"] += cached
+        self._used["uncharged"] += not self._charged
         self.journal.add(
             event,
-            cached=self._cached and not error,
+            cached=cached,
             fingerprint=self._backend.info().fingerprint,
             attempts=max(1, self._attempts),
+            charged=self._charged,
+            masks=self._guard.take() if self._guard else (),
+            faults=tuple(self._faults.injected) if self._faults else (),
         )
         return event
 
@@ -121,21 +125,33 @@ class Session:
         self._closed = True
 
     def usage(self) -> dict[str, int]:
-        """What was charged so far: calls, search, open, find, tokens."""
-        return {name: self._used[name] for name in ("calls", "search", "open", "find", "tokens")}
+        """What was charged so far (calls, search, open, find, tokens), and calls that were free: `cached` ones were answered
+        without the backend (and charged all the same), `uncharged` ones took nothing from the budget of a tool."""
+        return {n: self._used[n] for n in ("calls", "search", "open", "find", "tokens", "cached", "uncharged")}
 
     # ---------------------------------------------------------------------------------------- limits, arguments
 
     def _check_limits(self) -> None:
         c = self.config
         if c.max_calls and self._used["calls"] >= c.max_calls:
-            raise _Refusal("budget", f"all {c.max_calls} tool calls are used up; answer with what you have.")
+            raise self._spent(f"all {c.max_calls} tool calls are used up; answer with what you have.")
         if c.wall_time_s and self._clock() - self._started >= c.wall_time_s:
-            raise _Refusal("budget", f"the time of {c.wall_time_s:g} seconds is used up; answer with what you have.")
+            raise self._spent(f"the time of {c.wall_time_s:g} seconds is used up; answer with what you have.")
         if c.max_observation_tokens and self._used["tokens"] >= c.max_observation_tokens:
-            raise _Refusal(
-                "budget", f"all {c.max_observation_tokens} tokens of reading are used up; answer with what you have."
+            raise self._spent(
+                f"all {c.max_observation_tokens} tokens of reading are used up; answer with what you have."
             )
+
+    def _charge(self, tool: str) -> None:
+        self._used[tool] += 1
+        self._charged = True
+
+    def _spent(self, sentence: str) -> _Refusal:
+        """A refusal over budget, which ends with what is left of each limit."""
+        limits = [(noun, getattr(self.config, field), tool) for tool, (field, noun) in _BUDGETS.items()]
+        limits += [("calls", self.config.max_calls, "calls"), ("tokens", self.config.max_observation_tokens, "tokens")]
+        left = ", ".join(f"{noun} {max(0, limit - self._used[tool])}" for noun, limit, tool in limits if limit)
+        return _Refusal("budget", f"{sentence} Left: {left}." if left else sentence)
 
     def _checked(self, call: ToolCall) -> Callable[[], Awaitable[tuple[str, tuple[Seen, ...]]]]:
         """Validates name and arguments, then the tool's own budget: a mistake is explained even when the budget is spent."""
@@ -167,7 +183,7 @@ class Session:
         field, noun = _BUDGETS[name]
         limit = getattr(self.config, field)
         if limit and self._used[name] >= limit:
-            raise _Refusal("budget", f"all {limit} {noun} are used up; answer with what you have or use another tool.")
+            raise self._spent(f"all {limit} {noun} are used up; answer with what you have or use another tool.")
         return run
 
     def _string(self, arguments: Mapping[str, Any], tool: str, name: str) -> str:
@@ -183,63 +199,76 @@ class Session:
     async def _search(self, query: str, k: int) -> tuple[str, tuple[Seen, ...]]:
         hits: list[Hit] = (await self._ask(lambda: self._backend.search([Query(query, k)])))[0]
         documents = await self._fetch([h.doc_id for h in hits])
-        self._used["search"] += 1
+        self._charge("search")
         blocks: list[str] = []
         seen: list[Seen] = []
-        for document in documents:
+        for hit, document in zip(hits, documents, strict=True):
             if document is None:
                 continue
-            shown = self._review(document)
-            if shown is None:
+            sight = self._review(Sight(document, hit.span))[0]
+            if sight is None:
                 continue
+            shown = sight.document
             c, i, title = self.config, len(blocks), self._title(shown)
-            snippet = (
-                window(shown.text, query, c.snippet_chars) if c.snippet_mode == "window" else lead(shown.text, c.snippet_chars)
+            shown_text = snippet(
+                shown.text, query, c.snippet_chars, span=sight.span, mode=c.snippet_mode,
+                max_tokens=c.snippet_tokens, count_tokens=self._count,
             )  # fmt: skip
             head = f"[{i}] Title: {title}\n[{i}] URL Source: {shown.id}\n[{i}] Description: "
             room = c.max_observation_chars - sum(len(b) + 2 for b in blocks) - len(head)
-            if len(snippet) > room:
+            if len(shown_text) > room:
                 if blocks or room < 1:
                     break
-                snippet = lead(snippet, room)
-            blocks.append(head + snippet)
-            seen.append(Seen(shown.id, snippet, SeenKind.snippet, title, _date(shown)))
+                shown_text = lead(shown_text, room)
+            blocks.append(head + shown_text)
+            seen.append(Seen(shown.id, shown_text, SeenKind.snippet, title, date_of(shown)))
         self._results = [s.doc_id for s in seen]
         return "\n\n".join(blocks) or "No results found.", tuple(seen)
 
     async def _open(self, wanted: str | int, page: int) -> tuple[str, tuple[Seen, ...]]:
         document = None
+        forbidden = ""
         for doc_id in self._candidates(wanted):
+            if self._guard is not None and self._guard.forbids(doc_id):
+                forbidden = doc_id
+                break
             document = (await self._fetch([doc_id]))[0]
             if document is not None:
                 break
-        self._used["open"] += 1
-        if document is None:
-            raise _Refusal(
-                "not_found",
-                f"there is no document {str(wanted)[:200]!r}; use an id that search shows after 'URL Source:'.",
-            )
-        shown = self._review(document)
-        if shown is None:
-            raise _Refusal("leak_guard", f"document {document.id!r} may not be read; look for another source.")
+        self._charge("open")
+        sight, silent = (None, True) if document is None else self._review(Sight(document, opening=True))
+        if sight is None:
+            if silent and not forbidden:
+                raise _Refusal(
+                    "not_found",
+                    f"there is no document {str(wanted)[:200]!r}; use an id that search shows after 'URL Source:'.",
+                )
+            name = document.id if document else forbidden
+            raise _Refusal("leak_guard", f"document {name!r} may not be read; look for another source.")
+        shown = sight.document
         c, title = self.config, self._title(shown)
         head = f"Title: {title}\nURL Source: {shown.id}\n"
-        room = c.max_observation_chars - len(head) - len("Page: 1000 of 1000\n\n")
+        size = len(shown.text)
+        room = (
+            c.max_observation_chars - len(head) - len(f"Page: 1000 of 1000 (characters {size} to {size} of {size})\n\n")
+        )
         sheets = pages(shown.text, min(c.page_chars, room) if room > 0 else c.page_chars)
         if page > len(sheets):
             noun = "1 page" if len(sheets) == 1 else f"{len(sheets)} pages"
             raise _bad(f"document {shown.id!r} has {noun}; page {page} does not exist.")
         if len(sheets) > 1:
-            head += f"Page: {page} of {len(sheets)}\n"
+            start = sum(map(len, sheets[: page - 1]))
+            end = start + len(sheets[page - 1])
+            head += f"Page: {page} of {len(sheets)} (characters {start} to {end} of {size})\n"
         text = sheets[page - 1][: max(0, c.max_observation_chars - len(head) - 1)]
         self._page = shown
         observation = f"{head}\n{text}"[: c.max_observation_chars]
-        return observation, (Seen(shown.id, text, SeenKind.page, title, _date(shown)),)
+        return observation, (Seen(shown.id, text, SeenKind.page, title, date_of(shown)),)
 
     async def _find(self, pattern: str) -> tuple[str, tuple[Seen, ...]]:
         if self._page is None:
             raise _Refusal("no_page", "no document is open; open one before find.")
-        self._used["find"] += 1
+        self._charge("find")
         c, page = self.config, self._page
         contexts = matches(
             page.text, pattern, limit=c.max_matches, context_chars=c.find_context_chars, fuzzy=c.fuzzy_find
@@ -256,7 +285,9 @@ class Session:
             shown.append(context)
         if not blocks:
             return "No matches found.", ()
-        return "\n\n".join(blocks), (Seen(page.id, "\n\n".join(shown), SeenKind.match, self._title(page), _date(page)),)
+        return "\n\n".join(blocks), (
+            Seen(page.id, "\n\n".join(shown), SeenKind.match, self._title(page), date_of(page)),
+        )
 
     def _candidates(self, wanted: str | int) -> list[str]:
         """Ids an agent may mean, best first: an id as shown, an id in brackets or quotes, an index of the last search."""
@@ -275,8 +306,8 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------ backend
 
-    def _review(self, document: Document) -> Document | None:
-        return document if self._guard is None else self._guard.review(document)
+    def _review(self, sight: Sight) -> tuple[Sight | None, bool]:
+        return (sight, False) if self._guard is None else self._guard.review(sight)
 
     async def _fetch(self, ids: list[str]) -> list[Document | None]:
         """Documents as the corpus holds them, remembered for this session: the guard looks at them anew each time."""
@@ -293,6 +324,8 @@ class Session:
             self._attempts += 1
             try:
                 return await asyncio.wait_for(request(), self.config.call_timeout_s)
+            except ReplayMiss:
+                raise
             except BadQuery as error:
                 raise _bad(f"the search engine refused the query: {error}.") from None
             except Exception as error:  # whatever the backend raises, a rollout must end in order
@@ -320,8 +353,3 @@ def _integer(arguments: Mapping[str, Any], tool: str, name: str, default: int) -
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise _bad(f"{name!r} of {tool} must be an integer of at least 1.")
     return value
-
-
-def _date(document: Document) -> str:
-    value = document.meta.get("date", "")
-    return value if isinstance(value, str) else ""

@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.text import ngrams, words
-from agents.types import Document, Hit, Query, SeenKind, Task, ToolCall, ToolEvent
+from agents.types import BackendInfo, Document, Hit, Query, SeenKind, Task, ToolCall, ToolEvent
 from envs.config import SandboxConfig
-from envs.guard import LeakGuard, guard_of
+from envs.guard import Guards, LeakGuard, Rule, guard_of
 from envs.journal import same
-from envs.passages import lead, matches, pages, window
+from envs.masks import Masked, Sight
+from envs.passages import matches, pages
 from envs.sandbox import Session
 from retrieval.backend import BackendConfig, IndexedBackend, build_backend
+from retrieval.snippets import lead, window
 
 LONG = "".join(f"Sentence number {i} stands here. " for i in range(1000))
 DOCS = [
@@ -61,13 +63,57 @@ def test_paging_covers_the_text_and_find_runs_on_the_whole() -> None:
     session = Session(backend(), SandboxConfig(page_chars=10_000))
     count = len(pages(LONG, 10_000))
     sheets = [run(session, "open", doc_id="long", page=i) for i in range(1, count + 1)]
-    assert sheets[1].text.startswith(f"Title: Long\nURL Source: long\nPage: 2 of {count}\n\n")
+    end = len(sheets[0].seen[0].text)
+    head = f"Page: 2 of {count} (characters {end} to {end + len(sheets[1].seen[0].text)} of {len(LONG)})"
+    assert sheets[1].text.startswith(f"Title: Long\nURL Source: long\n{head}\n\n")
     assert "".join(s.seen[0].text for s in sheets) == LONG
     late = run(session, "open", doc_id="long", page=count + 1)
     assert late.error == "bad_arguments" and f"has {count} pages" in late.text
     found = run(session, "find", pattern="number 5 ")
     assert found.text.startswith("[Match 1]\n") and found.text.count("[Match") == 1
     assert run(session, "find", pattern="sentence number").text.count("[Match ") == 20
+
+
+class Chunked:
+    """A backend that says which passage it found."""
+
+    def __init__(self, document: Document, span: tuple[int, int] | None) -> None:
+        self.document, self.span = document, span
+
+    async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
+        return [[Hit(self.document.id, 1.0, self.span)] for _ in queries]
+
+    async def get(self, ids: Sequence[str]) -> list[Document | None]:
+        return [self.document for _ in ids]
+
+    def info(self) -> BackendInfo:
+        return BackendInfo("chunked", 1, "f")
+
+    async def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("mode", ["lead", "window"])
+def test_a_snippet_is_cut_from_the_passage_that_was_found(mode: str) -> None:
+    start, end = LONG.index("Sentence number 500"), LONG.index("Sentence number 503")
+
+    def snippet(span: tuple[int, int] | None, **limits: Any) -> str:
+        session = Session(
+            Chunked(DOCS[2], span), SandboxConfig(snippet_mode=mode, **limits), count_tokens=lambda t: len(t.split())
+        )
+        return run(session, "search", query="stands").seen[0].text
+
+    assert snippet((start, end)) == LONG[start:end].strip()
+    assert snippet(None).startswith("Sentence number 0 ") and snippet((10**6, 10**6 + 5)) == snippet(None)
+    assert snippet((start, end), snippet_tokens=7) == "Sentence number 500 stands here."
+    assert 1 <= len(snippet((start, end), snippet_tokens=3).split()) <= 3
+
+
+@given(st.text(max_size=200), st.integers(1, 20), st.integers(1, 60))
+def test_a_snippet_keeps_its_tokens(text: str, tokens: int, chars: int) -> None:
+    config = SandboxConfig(snippet_tokens=tokens, snippet_chars=chars)
+    session = Session(Chunked(Document("d", "T", text), None), config, count_tokens=lambda t: 2 * len(t))
+    found = run(session, "search", query="a b").seen[0].text
+    assert 2 * len(found) <= tokens and len(found) <= chars
 
 
 def test_a_failed_open_leaves_the_last_page() -> None:
@@ -115,7 +161,9 @@ def test_mistakes_are_explained_and_only_count_as_calls(name: str, arguments: di
     event = run(session, name, **arguments)
     assert event.error == "bad_arguments" and event.text.startswith("Error: ") and says in event.text
     assert not event.infrastructure and not event.seen
-    assert session.usage() == {"calls": 1, "search": 0, "open": 0, "find": 0, "tokens": 0}
+    assert session.usage() == {
+        "calls": 1, "search": 0, "open": 0, "find": 0, "tokens": 0, "cached": 0, "uncharged": 1,
+    }  # fmt: skip
 
 
 def test_lenient_integers_and_the_largest_k() -> None:
@@ -203,29 +251,20 @@ def test_trouble_of_the_backend_is_retried_then_reported_and_not_charged() -> No
     assert "TimeoutError" in run(slow, "open", doc_id="gupezo").text
 
 
-class Mask:
-    """Hides one document until another was opened."""
-
-    def __init__(self) -> None:
-        self.open = False
-
-    def review(self, document: Document) -> Document | None:
-        if document.id == "https://x.org/a" and not self.open:
-            return None
-        return document
-
-    def opened(self, doc_id: str) -> None:
-        self.open |= doc_id == "gupezo"
-
-
 def test_the_guard_masks_per_session() -> None:
+    opened: set[str] = set()
+
+    def review(sight: Sight) -> Masked:
+        return (None, 1) if sight.document.id == "https://x.org/a" and not opened else (sight, 0)
+
     shared = backend()
-    masked, free = Session(shared, guard=Mask()), Session(shared)
+    masked, free = Session(shared, guard=Guards([Rule("mine", review)])), Session(shared)
     assert [s.doc_id for s in run(masked, "search", query="born").seen] == []
     assert run(masked, "open", doc_id="https://x.org/a").error == "leak_guard"
     assert len(run(free, "search", query="born").seen) == 1
-    run(masked, "open", doc_id="gupezo")
+    opened.add("gupezo")
     assert not run(masked, "open", doc_id="https://x.org/a").error
+    assert masked.journal.masked() == {("mine", "https://x.org/a"): 2}
 
 
 QUESTION = "Which composer, born in a harbour town, wrote the opera that a baker's daughter first sang in 1871, before the theatre burned down?"
@@ -300,8 +339,8 @@ def test_a_page_that_holds_the_whole_question_is_hidden_in_any_script(question: 
 def test_the_leak_guard_is_off_unless_asked_for_and_shared_by_attempts() -> None:
     task, on = Task("t", QUESTION, ("x",)), SandboxConfig(leak_guard="question")
     assert guard_of(SandboxConfig(), task) is None
-    assert guard_of(on, task) is guard_of(on, Task("t2", QUESTION, ("x",)))
-    assert guard_of(on, task) is not guard_of(on, Task("t", "Another question?", ("x",)))
+    rules = [guard_of(on, t).rules[0] for t in (task, Task("t2", QUESTION, ("x",)), Task("t", "Another?", ("x",)))]  # type: ignore[union-attr]
+    assert rules[0] is rules[1] is not rules[2]
 
 
 def test_equal_actions_give_equal_journals() -> None:
