@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from agents.types import Query  # noqa: E402
+from agents.types import Hit, Query  # noqa: E402
 from benchmarks.results_file import write_result  # noqa: E402
 from envs.jsonl import read_tasks  # noqa: E402
 from retrieval.backend import BackendConfig, build_backend  # noqa: E402
@@ -90,14 +90,17 @@ def gold_found(inputs: Inputs, storage: Path, k: int = 5) -> dict[str, float]:
     """
     index_dir = next((storage / "indexes").glob(f"bm25-{inputs.corpus.stem}-*"))
     backend = build_backend(BackendConfig(kind="bm25"), directory=index_dir)
-    try:
-        tasks = read_tasks(inputs.tasks)
-        hits = backend.search_batch([Query(t.question, k=k) for t in tasks])
-        found = [t.gold_docs[0] in {h.doc_id for h in hit} for t, hit in zip(tasks, hits, strict=True)]
-        by_hops = {h: [f for t, f in zip(tasks, found, strict=True) if t.meta["hops"] == h] for h in (1, 2)}
-        return {f"hops_{h}": round(sum(rows) / len(rows), 3) for h, rows in by_hops.items() if rows}
-    finally:
-        asyncio.run(backend.close())
+    tasks = read_tasks(inputs.tasks)
+
+    async def ask() -> list[list[Hit]]:
+        try:
+            return await backend.search([Query(t.question, k=k) for t in tasks])
+        finally:
+            await backend.close()
+
+    found = [t.gold_docs[0] in {h.doc_id for h in hit} for t, hit in zip(tasks, asyncio.run(ask()), strict=True)]
+    by_hops = {h: [f for t, f in zip(tasks, found, strict=True) if t.meta["hops"] == h] for h in (1, 2)}
+    return {f"hops_{h}": round(sum(rows) / len(rows), 3) for h, rows in by_hops.items() if rows}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

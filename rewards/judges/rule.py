@@ -2,8 +2,12 @@
 
 The oracle's `statements`, one per rubric, are `{"subject": "<E1>" or a name, "object": ..., "sentence": "{subject}'s rival is {object}."}`.
 
-Invariants: a message is judged by what it says, never by gold entities; an entity is one word, and a message that gives two different
-ones for a label names neither; a statement is supported when its filled sentence stands, word for word, in one piece of evidence.
+A statement may also say how pages word it, where that differs: `"evidence": "{subject} depends on ...{object}"` (`...` stands for
+other words in between); without `{subject}` the page's title or id has to be the subject.
+
+Invariants: a message is judged by what it says, never by gold entities; an entity is one word (`libstdc++6`, `python3.11`), and a
+message that gives two different ones for a label names neither; a statement is supported when its filled sentence, or its evidence,
+stands word for word in one piece of evidence.
 Without an oracle the reply is `unavailable`, because a guess would be a wrong reward.
 """
 
@@ -16,24 +20,24 @@ from typing import Any
 from agents.text import exact_answer, exact_match, is_refusal, normalize_answer, strip_citations
 from agents.types import JudgeReply, JudgeRequest, Status
 
-_NAME = r"(\w+(?:-\w+)*)"
+_NAME = r"(\w+(?:[-.+]+\w+|\++(?!\w))*)"
 _LABEL = re.compile(r"<(E\d+)>")
 _PIECES = re.compile(r"\n[ \t]*\n")
-VERSION = "rule-2"
+VERSION = "rule-3"
 
 
 class RuleJudge:
-    """Answers `outcome`, `carr_identify` and `carr_support` for tasks of a closed world."""
+    """Answers the prompts of RULES for tasks of a closed world."""
 
     def __init__(self) -> None:
         self._num_asked = 0
 
     async def ask(self, request: JudgeRequest) -> JudgeReply:
         self._num_asked += 1
-        answer = {"outcome": _outcome, "carr_identify": _identify, "carr_support": _support}.get(request.prompt)
+        answer = RULES.get(request.prompt)
         if answer is None:
             return JudgeReply(Status.unavailable, cause="rule_judge_cannot", text=f"no rule for {request.prompt!r}")
-        if request.oracle is None and request.prompt != "outcome":
+        if request.oracle is None and request.prompt not in ("outcome", "nugget_short"):
             text = "the rule judge needs a closed world's tasks (Task.oracle); for others set judge.kind=chat"
             return JudgeReply(Status.unavailable, cause="no_oracle", text=text)
         try:
@@ -64,6 +68,8 @@ def _identify(fields: Mapping[str, Any], oracle: Mapping[str, Any]) -> tuple[dic
     values: dict[str, str | None] = dict.fromkeys(fields["labels"])
     settled: set[str] = set()  # labels found, or found to be ambiguous
     notes = []
+    constants = {s[side] for s in oracle["statements"] for side in ("subject", "object") if not _label(s[side])}
+    fits: dict[str, set[str]] = {}
     changed = True
     while changed:
         changed = False
@@ -72,6 +78,13 @@ def _identify(fields: Mapping[str, Any], oracle: Mapping[str, Any]) -> tuple[dic
             if not label or label in settled:
                 continue
             found = sorted(set(re.findall(pattern, text)))
+            if "evidence" in statement:
+                # The relation may hold of many: not meant is who is named already, or whom another statement rules out. The
+                # answer is the exact one.
+                left = set(found) - constants - set(values.values()) if label != "E0" else set()
+                if left:
+                    fits[label] = fits.get(label, left) & left
+                found = sorted(fits[label]) if len(fits.get(label, ())) == 1 else []
             if found:
                 settled.add(label)
                 changed = True
@@ -91,41 +104,88 @@ def _identify(fields: Mapping[str, Any], oracle: Mapping[str, Any]) -> tuple[dic
 
 
 def _open_side(statement: Mapping[str, str], values: Mapping[str, str | None]) -> tuple[str, str]:
-    """(label still open, pattern that captures it) when the other side is known: forward, or back from a plain name."""
+    """(label still open, pattern that captures it) when the other side is known: forward, or back from it."""
     subject, item = _resolve(statement["subject"], values), _resolve(statement["object"], values)
     sentence = statement["sentence"].rstrip().rstrip(".")  # in a message it may go on after the fact
-    known_object = _LABEL.fullmatch(statement["object"]) is None
     if subject is not None and item is None:
         return _label(statement["object"]), _pattern(sentence, subject, None)
-    if subject is None and known_object:
+    if subject is None and item is not None:
         return _label(statement["subject"]), _pattern(sentence, None, item)
     return "", ""
 
 
 def _support(fields: Mapping[str, Any], oracle: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     # Pieces of evidence stand apart by blank lines; what ends one and begins the next is no sentence.
-    pages = [(page["number"], [_plain(p) for p in _PIECES.split(str(page["text"]))]) for page in fields["pages"]]
+    pages = [(page, [_plain(p) for p in _PIECES.split(str(page["text"]))]) for page in fields["pages"]]
     reply: dict[str, Any] = {}
     notes = []
     for key, index in fields["rubric_indices"].items():
         statement = oracle["statements"][index]
         subject, item = (_resolve(statement[side], fields["values"]) for side in ("subject", "object"))
-        pattern = re.compile(_pattern(statement["sentence"], subject, item))
-        on = [number for number, pieces in pages if any(pattern.search(piece) for piece in pieces)]
+        told = statement.get("evidence") or statement["sentence"]
+        pattern = re.compile(_pattern(told, subject, item))
+        own = "{subject}" in told  # else the page itself has to be the subject's
+        on = [
+            page["number"]
+            for page, pieces in pages
+            if (own or subject in (page.get("title"), page.get("url"))) and any(pattern.search(p) for p in pieces)
+        ]
         reply[key] = bool(on)
         notes.append(f"{key}: page {', '.join(map(str, on))}" if on else f"{key}: on no page")
     return reply, "; ".join(notes)
 
 
+def _assign(fields: Mapping[str, Any], oracle: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Support: the fact stands word for word. Partial: one sentence names both sides, but not the fact. Contradiction: it names another object.
+
+    That is only said where a subject has one object for a relation: of statements without `evidence`, and with a one-word object.
+    """
+    names = {f"<{label}>": name for label, name in oracle["entities"].items()}
+    facts = {}
+    for statement in oracle["statements"]:
+        subject, item = (names.get(statement[side], statement[side]) for side in ("subject", "object"))
+        text = statement["sentence"].replace("{subject}", subject).replace("{object}", item)
+        facts[_plain(text)] = (statement, subject, item)
+    block = _plain(fields["passage"])
+    sentences = re.split(r"(?<=[.!?])\s", block)
+    labels = {}
+    for key, text in fields["nuggets"].items():
+        statement, subject, item = facts[_plain(text)]
+        told = statement["sentence"].rstrip().rstrip(".")
+        sides = [_pattern("{subject}", subject, None), _pattern("{object}", None, item)]
+        one = "evidence" not in statement and re.fullmatch(_NAME, item)
+        stated = re.findall(_pattern(told, subject, None), block) if one else []
+        if any(name != item and not is_refusal(name) for name in stated):
+            labels[key] = "contradiction"
+        elif re.search(_pattern(told, subject, item), block):
+            labels[key] = "support"
+        elif any(all(re.search(side, sentence) for side in sides) for sentence in sentences):
+            labels[key] = "partial_support"
+        else:
+            labels[key] = "not_support"
+    return labels, "; ".join(f"{key}: {label}" for key, label in labels.items())
+
+
+def _short(fields: Mapping[str, Any], oracle: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The answer is what the agent commits to as exact."""
+    correct = exact_match(fields["answer"] or exact_answer(fields["passage"]), list(fields["answers"]))
+    return dict.fromkeys(fields["nuggets"], "support" if correct else "not_support"), ""
+
+
+RULES = {
+    "outcome": _outcome, "carr_identify": _identify, "carr_support": _support, "nugget_assign": _assign, "nugget_short": _short,
+}  # fmt: skip
+
+
 def _pattern(sentence: str, subject: str | None, item: str | None) -> str:
-    """Regular expression of a sentence; an unknown side (None) is captured as one name."""
+    """Regular expression of a sentence; an unknown side (None) is captured as one name. No name ends within a word."""
     sides = {"{subject}": subject, "{object}": item}
-    pieces = re.split(r"(\{subject\}|\{object\})", " ".join(sentence.split()))
-    body = "".join(
-        re.escape(piece) if piece not in sides else _NAME if sides[piece] is None else re.escape(str(sides[piece]))
-        for piece in pieces
-    )
-    return rf"(?<!\w){body}(?!\w)"
+    slots = {
+        k: r"(?<![\w+.-])" + (_NAME if v is None else re.escape(v) + r"(?![\w+-]|[.]\w)") for k, v in sides.items()
+    }
+    slots["..."] = r"(?:.*?(?<=\s))?"
+    pieces = re.split(r"(\{subject\}|\{object\}|\.\.\.)", " ".join(sentence.split()))
+    return rf"(?<!\w){''.join(slots.get(piece) or re.escape(piece) for piece in pieces)}(?!\w)"
 
 
 def _resolve(side: str, values: Mapping[str, str | None]) -> str | None:

@@ -9,8 +9,7 @@ Invariants: what a question asks for does not stand in the question; the gold do
 questions are about different packages; the same packages and settings give the same files; inputs that are already there are
 not made again.
 
-The package list comes from `apt-cache dumpavail` (all packages of the archive, short descriptions) together with dpkg's
-status file (installed packages, whole descriptions). Either alone will do.
+The packages and their texts are those of `envs.graphs.debian`.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,9 +26,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-MAKER = 1
+from envs.graphs.debian import STATUS_FILE, Package, machine_packages, read_packages
+from envs.graphs.triples import WorldError as InputsError
+
+__all__ = [
+    "STATUS_FILE",
+    "InputsError",
+    "Package",
+    "choose",
+    "leaks",
+    "make_inputs",
+    "parse_packages",
+    "questions",
+    "split",
+    "text",
+]
+
+MAKER = 2
 """Grows when the same packages would give other files."""
-STATUS_FILE = Path("/var/lib/dpkg/status")
 VOCAB_SIZE = 100_352
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
@@ -71,32 +83,6 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}"""
-
-
-class InputsError(RuntimeError):
-    """The inputs cannot be made; one line says why and how to mend it."""
-
-
-@dataclass(frozen=True)
-class Package:
-    """What a package list says about one package."""
-
-    name: str
-    section: str
-    summary: str
-    """The short description, one line."""
-    details: str
-    """The long description, in paragraphs; empty where the list has none."""
-    maintainer: str
-    """Name without address."""
-    homepage: str
-    depends: tuple[tuple[str, ...], ...]
-    """One entry per dependency: the packages any one of which will do."""
-
-    @property
-    def needed(self) -> tuple[str, ...]:
-        """Dependencies without an alternative."""
-        return tuple(options[0] for options in self.depends if len(options) == 1)
 
 
 @dataclass(frozen=True)
@@ -156,43 +142,9 @@ def make_inputs(
 # ---------------------------------------------------------------------------------------------------- packages
 
 
-def machine_packages() -> list[Package]:
-    """All packages this machine knows, by name; whole descriptions where it has them. Raises InputsError."""
-    available: list[Package] = []
-    if shutil.which("apt-cache"):
-        done = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, env=os.environ | {"LC_ALL": "C.UTF-8"})
-        available = list(parse_packages(done.stdout.decode("utf-8", "replace"))) if done.returncode == 0 else []
-    installed: list[Package] = []
-    if STATUS_FILE.is_file():
-        installed = list(parse_packages(STATUS_FILE.read_text(encoding="utf-8", errors="replace")))
-    if not (available or installed):
-        raise InputsError(f"no package list: neither apt-cache nor {STATUS_FILE} is here; run this on Debian or Ubuntu")
-    merged = {p.name: p for p in available}
-    for package in installed:
-        listed = merged.get(package.name)
-        if listed is None or not listed.details:
-            merged[package.name] = package
-    return [merged[name] for name in sorted(merged)]
-
-
 def parse_packages(listing: str) -> Iterator[Package]:
     """The packages of a list in dpkg's format. Entries without a description are left out."""
-    for stanza in re.split(r"\n\s*\n", listing):
-        fields = _fields(stanza)
-        name, description = fields.get("Package", ""), fields.get("Description", "")
-        summary, _, rest = description.partition("\n")
-        if not name or not summary.strip():
-            continue
-        depends = [_options(d) for d in ",".join(fields.get(f, "") for f in ("Pre-Depends", "Depends")).split(",")]
-        yield Package(
-            name=name,
-            section=fields.get("Section", ""),
-            summary=" ".join(summary.split()),
-            details=_paragraphs(rest),
-            maintainer=re.sub(r"\s*<[^>]*>", "", fields.get("Maintainer", "")).strip().strip('"'),
-            homepage=fields.get("Homepage", ""),
-            depends=tuple(dict.fromkeys(d for d in depends if d)),
-        )
+    return read_packages(listing.splitlines())
 
 
 def title(package: Package) -> str:
@@ -201,17 +153,7 @@ def title(package: Package) -> str:
 
 def text(package: Package) -> str:
     """A package as a person would read about it."""
-    about = [f"{package.name}: {package.summary}."]
-    facts = []
-    if package.section:
-        facts.append(f"{package.name} belongs to the section {package.section}.")
-    if package.maintainer:
-        facts.append(f"{package.name} is maintained by {package.maintainer}.")
-    if package.depends:
-        facts.append(f"{package.name} depends on {', '.join(' or '.join(options) for options in package.depends)}.")
-    if package.homepage:
-        facts.append(f"Its home page is {package.homepage}.")
-    return "\n\n".join([*about, *([package.details] if package.details else []), " ".join(facts)])
+    return package.text
 
 
 def choose(packages: Sequence[Package], limit: int) -> list[Package]:
@@ -223,40 +165,6 @@ def choose(packages: Sequence[Package], limit: int) -> list[Package]:
             if len(chosen) < limit and name in by_name:
                 chosen[name] = by_name[name]
     return [chosen[name] for name in sorted(chosen)]
-
-
-def _fields(stanza: str) -> dict[str, str]:
-    fields: dict[str, str] = {}
-    name = ""
-    for line in stanza.splitlines():
-        if line[:1] in (" ", "\t"):
-            if name:
-                fields[name] += f"\n{line[1:]}"
-        else:
-            name, _, value = line.partition(":")
-            fields[name] = value.strip()
-    return fields
-
-
-def _options(dependency: str) -> tuple[str, ...]:
-    """`a (>= 1) | b:any` -> (a, b)."""
-    names = (re.sub(r"\(.*?\)|\[.*?\]|:\w+", "", option).strip() for option in dependency.split("|"))
-    return tuple(name for name in names if name)
-
-
-def _paragraphs(lines: str) -> str:
-    """A long description: lines joined to paragraphs; indented lines (lists) and `.` (an empty line) keep their break."""
-    out: list[str] = []
-    fresh = True
-    for line in lines.splitlines():
-        if line.strip() in ("", "."):
-            fresh = True
-        elif fresh or line[:1] == " " or not out:
-            out.append(("\n" if fresh and out else "") + line.strip())
-            fresh = False
-        else:
-            out[-1] += f" {line.strip()}"
-    return "\n".join(out)
 
 
 # ------------------------------------------------------------------------------------------------------- tasks
