@@ -21,16 +21,15 @@ from agents.types import BackendInfo, Group, Task, Version
 from cluster.buffer import Buffer, BufferSetup
 from cluster.errors import UserError, one_line
 from cluster.fleet import Fleet
+from cluster.model import resolve
+from cluster.retrieval_actors import LASTING, place
 from cluster.rollout import Play, RolloutWorker
 from cluster.runtime import actor
 from cluster.schema import RunConfig
-from cluster.services import Retrieval, RewardServer
+from cluster.services import RewardServer
 from cluster.speech import make_speech
 from cluster.vllm.engine import EngineConfig
 from cluster.watchdog import Poll, Tally, Watchdog
-
-LASTING = {"max_restarts": -1, "max_task_retries": -1}
-"""Ray starts the actor again as often as it dies, and calls under way are made again."""
 
 
 class Actors:
@@ -46,11 +45,13 @@ class Actors:
         self._replaced = Tally(config.rollout.max_restarts)
         self.watchdog = Watchdog(config.watch)
         self.buffer: Any = None
-        self.retrieval = actor(Retrieval, **LASTING).remote(config.retrieval, config.service, corpus_dir)
+        self.retrieval, self._leans_on = place(config.retrieval, config.service, corpus_dir)
         self.reward = actor(RewardServer, **LASTING).remote(config.reward, config.judge)
         state = str(Path(segments) / "published.json") if segments else ""
         self.fleet = actor(Fleet, **LASTING).remote(config.fleet, engine, state)
         starting = self.fleet.start.remote()  # takes longest, so the others come up meanwhile
+        for name, handle in self._leans_on.items():
+            self.up(f"retrieval's {name}", handle.ready.remote())
         self.info: BackendInfo = self.up("retrieval", self.retrieval.ready.remote())[1]
         workers = [self._new_worker().ready.remote() for _ in range(config.rollout.workers)]
         self.up("the reward", self.reward.ready.remote())
@@ -58,10 +59,12 @@ class Actors:
         for ready in workers:
             self.up("a rollout worker", ready)
         self._events = Poll(self.fleet.events.remote)
-        self.load = Poll(self.fleet.load.remote)
-        """How busy the engines were since the last answer."""
+        self.load = Loads(Poll(self.fleet.load.remote), Poll(self.retrieval.load.remote))
+        """How busy the engines were since the last answer, and what retrieval has to tell."""
         for name, handle in (("retrieval", self.retrieval), ("reward", self.reward), ("fleet", self.fleet)):
             self.watchdog.watch(name, handle)
+        for name, handle in self._leans_on.items():
+            self.watchdog.watch(f"retrieval's {name}", handle)
 
     def open_buffer(self, setup: BufferSetup) -> None:
         """The ledger, and with it the rollouts, which start as soon as there is room."""
@@ -99,7 +102,8 @@ class Actors:
             ray.get([w.stop.remote() for w in self._workers.values()], timeout=5)
         with contextlib.suppress(Exception):
             ray.get(self.fleet.shutdown.remote(), timeout=30)
-        for handle in [*self._workers.values(), self.fleet, self.reward, self.retrieval, self.buffer]:
+        others = [self.fleet, self.reward, self.retrieval, *self._leans_on.values(), self.buffer]
+        for handle in [*self._workers.values(), *others]:
             if handle is not None:
                 with contextlib.suppress(Exception):
                     ray.kill(handle)
@@ -138,6 +142,16 @@ class Actors:
         return f"{name} died, and another took its place: {reason}"
 
 
+class Loads(Poll):
+    """Polls that give numbers by name, as one: what has come of them so far."""
+
+    def __init__(self, *polls: Poll) -> None:
+        self._polls = polls
+
+    def take(self, wait_s: float = 0.0) -> Any:
+        return {name: value for poll in self._polls for name, value in (poll.take(wait_s) or {}).items()}
+
+
 class Plays:
     """Held-out tasks being played, a share per worker. A share whose worker died is played again by another."""
 
@@ -163,10 +177,19 @@ class Plays:
 
 
 @contextlib.contextmanager
-def placed(config: RunConfig, model: str, index_dir: str, segments: str = "") -> Iterator[tuple[Actors, Any]]:
+def placed(
+    config: RunConfig, model: str, index_dir: str, run_dir: Path, segments: str = ""
+) -> Iterator[tuple[Actors, Any]]:
     """Actors for `config` around the policy in folder `model`; ended with the block. Yields them and the speech factory."""
     speech = functools.partial(make_speech, model, config.protocol)
-    play = Play(config.name, speech, config.sampling, config.sandbox, config.rollout)
+    journal = config.sandbox.journal  # workers have folders of their own, so paths are made whole here
+    journal = dataclasses.replace(
+        journal,
+        folder=str(resolve(journal.folder) if journal.folder else run_dir / "journals"),
+        replay=str(resolve(journal.replay)) if journal.replay else "",
+    )
+    sandbox = dataclasses.replace(config.sandbox, journal=journal)
+    play = Play(config.name, speech, config.sampling, sandbox, config.rollout)
     engine = dataclasses.replace(config.engine, model=model, version=Version(0, 0).label, seed=config.seed)
     actors = Actors(config, play, engine, index_dir, segments)
     try:

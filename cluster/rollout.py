@@ -24,15 +24,12 @@ from agents.sampling.config import SamplingConfig
 from agents.sampling.full import collect, session_of
 from agents.types import (
     BackendInfo,
-    Document,
     Ending,
     Episode,
     Generation,
     Group,
-    Hit,
     Identity,
     Member,
-    Query,
     Role,
     Sampling,
     StopReason,
@@ -43,11 +40,12 @@ from agents.types import (
 )
 from cluster.buffer import Lease
 from cluster.errors import one_line
+from cluster.replicas import RouterClient
 from cluster.vllm.preflight import EngineError
 from cluster.watchdog import Pulse, Waits, pulse_of
 from envs.config import SandboxConfig
-from envs.guard import guard_of
-from envs.sandbox import Session
+from envs.journal import ReplayMiss
+from envs.session import Sessions
 
 
 @dataclass
@@ -140,32 +138,6 @@ class RemotePolicy:
         await self._fleet.release.remote(session)
 
 
-class RemoteBackend:
-    """`interfaces.Backend` over the retrieval actor."""
-
-    def __init__(self, handle: Any, info: BackendInfo, timeout_s: float, waits: Waits) -> None:
-        self._handle = handle
-        self._info = info
-        self._timeout_s = timeout_s
-        self._waits = waits
-
-    async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
-        with self._waits("retrieval, for a search"):
-            async with asyncio.timeout(self._timeout_s):
-                return await self._handle.search.remote(list(queries))
-
-    async def get(self, ids: Sequence[str]) -> list[Document | None]:
-        with self._waits("retrieval, for a document"):
-            async with asyncio.timeout(self._timeout_s):
-                return await self._handle.get.remote(list(ids))
-
-    def info(self) -> BackendInfo:
-        return self._info
-
-    async def close(self) -> None:
-        """The actor outlives its clients."""
-
-
 @dataclass(frozen=True)
 class Play:
     """Everything a worker needs to play an episode, in one value that crosses processes."""
@@ -187,8 +159,9 @@ class RolloutWorker:
         self._speech: Speech = play.speech()
         self._waits = Waits()
         self._policy = RemotePolicy(fleet, play.rollout, name, self._waits)
-        self._backend = RemoteBackend(retrieval, info, play.rollout.search_timeout_s, self._waits)
+        self._backend = RouterClient(retrieval, info, play.rollout.search_timeout_s, self._waits)
         self._reward = reward
+        self._sessions = Sessions(play.sandbox, name=name)
         self._buffer: Any = None
         self._stop = False
         self._broken = ""
@@ -264,6 +237,8 @@ class RolloutWorker:
                 await self._buffer.put.remote(lease.id, [group])
         except asyncio.CancelledError:
             raise
+        except ReplayMiss as error:
+            await self._buffer.stop.remote(one_line(error))  # a run from a journal that lacks an answer is not that run
         except Exception as error:
             await self._buffer.event.remote(f"lease {lease.id} failed: {one_line(error)}")
             await self._buffer.fail.remote(lease.id, "rollout_failed")
@@ -291,8 +266,9 @@ class RolloutWorker:
             speech.template_fingerprint,
             Sampling(temperature=warmth, max_tokens=play.sampling.max_turn_tokens),
         )
-        count = speech.count_tokens if play.sandbox.max_observation_tokens else None
-        sandbox = Session(self._backend, play.sandbox, guard=guard_of(play.sandbox, task), count_tokens=count)
+        counted = play.sandbox.max_observation_tokens or play.sandbox.snippet_tokens
+        count = speech.count_tokens if counted else None
+        sandbox = self._sessions.session_for(task, identity, self._backend, count)
         try:
             return await collect(task, identity, self._policy, sandbox, speech, play.sampling)
         except PolicyFailed as error:

@@ -84,7 +84,7 @@ def run_rollouts(config: RunConfig, groups: int) -> dict[str, Any]:
         if left:
             with teller.phase("Ray, engines and actors"):
                 stack.enter_context(ray_session(config.ray, needs(config)))
-                actors, speech = stack.enter_context(placed(_as_training(config), model, world.index_dir))
+                actors, speech = stack.enter_context(placed(_as_training(config), model, world.index_dir, folder.path))
             with teller.phase("rollouts"):
                 lost = _play(config, actors, left, recorder, tally, teller)
             shown = itertools.islice(recorded(folder.path), WHOLE_TRAJECTORIES)

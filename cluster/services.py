@@ -1,44 +1,15 @@
-"""Thin actors around what the rooms hold: retrieval and reward. They know processes, the rooms know the work."""
+"""The reward as an actor: it knows processes, the room knows the work."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
 
 from agents.interfaces import Services
-from agents.types import BackendInfo, Document, Group, Hit, Query, Verdict
+from agents.types import Group, Verdict
 from cluster.watchdog import Pulse, Waits, pulse_of
-from retrieval.backend import BackendConfig, build_backend
-from retrieval.service import SearchService, ServiceConfig
 from rewards.config import RewardConfig
 from rewards.judges.base import JudgeConfig, make_judge
 from rewards.registry import make_reward
-
-
-class Retrieval:
-    """Serves one corpus to every rollout worker: batched, cached, with deadlines."""
-
-    def __init__(self, backend: BackendConfig, service: ServiceConfig, directory: str) -> None:
-        self._service = SearchService(build_backend(backend, directory=directory), service)
-
-    async def ready(self) -> tuple[int, BackendInfo]:
-        """Pid and what is served, once a search of its own has succeeded."""
-        await self._service.search([Query("self check", k=1)])
-        return os.getpid(), self._service.info()
-
-    async def pulse(self) -> Pulse:
-        """For the watchdog: it waits for nobody."""
-        return pulse_of()
-
-    async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
-        return await self._service.search(queries)
-
-    async def get(self, ids: Sequence[str]) -> list[Document | None]:
-        return await self._service.get(ids)
-
-    async def stats(self) -> dict[str, Any]:
-        return self._service.stats()
 
 
 class RewardServer:

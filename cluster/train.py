@@ -47,7 +47,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         with teller.phase("Ray, engines and actors"):
             segments = stack.enter_context(segment_dir())  # removed last: the learner may write until Ray has ended
             stack.enter_context(ray_session(config.ray, needs(config)))
-            actors, speech = stack.enter_context(placed(config, model, world.index_dir, segments))
+            actors, speech = stack.enter_context(placed(config, model, world.index_dir, run_dir, segments))
             teller.event(f"engines: {json.dumps(actors.engine_pids)}")
         tasks = world.eval_tasks[: config.train.eval_tasks]
         evaluation = Evaluation(actors, tasks, config.train, run_dir / "eval", teller.step, teller.event)
@@ -102,7 +102,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         with teller.phase("world, index and model"):
             world = open_world(config.world, config.retrieval, folder.path, folder.path.parent)
             model = prepare_model(config.model, folder.path, config.seed)
-        with placed(config, model, world.index_dir) as (actors, speech):
+        with placed(config, model, world.index_dir, folder.path) as (actors, speech):
             tasks = world.eval_tasks[: config.train.eval_tasks]
             with teller.phase("evaluation"):
                 groups = Evaluation(actors, tasks, config.train, folder.path / "eval").full("eval")

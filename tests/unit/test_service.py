@@ -6,9 +6,14 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agents.types import BackendInfo, Document, Hit, Query
+from retrieval.caches import Cache
+from retrieval.deadline import time_limit
 from retrieval.errors import BadQuery, Closed, DeadlineExceeded, Overloaded
+from retrieval.meter import stage
 from retrieval.service import SearchService, ServiceConfig
 
 
@@ -105,12 +110,51 @@ async def test_flood_is_shed_and_the_service_recovers() -> None:
     await asyncio.sleep(0.05)
     shed = [c for c in calls if c.done() and isinstance(c.exception(), Overloaded)]
     assert 85 <= len(shed) <= 90 and service.stats()["queue_depth"] <= 10
-    with pytest.raises(Overloaded, match="10 allowed"):
+    with pytest.raises(Overloaded, match="10 are allowed, 11 more"):
         await service.search([Query(f"r{i}") for i in range(11)])
     backend.gate.set()
     results = await asyncio.gather(*calls, return_exceptions=True)
     assert sum(not isinstance(r, Exception) for r in results) == 100 - len(shed)
     assert (await service.search([Query("after")]))[0]
+    assert service.stats()["shed"] == len(shed) + 11
+    await service.close()
+
+
+async def test_ten_times_more_than_it_can_do_never_grows_without_bound() -> None:
+    """While 100 queries come, the backend answers 10. Every call ends, most with Overloaded, and then all is as before."""
+    turns = asyncio.Semaphore(0)
+
+    class Steady(Slow):
+        async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
+            await turns.acquire()
+            return await super().search(queries)
+
+    service = SearchService(Steady(), ServiceConfig(max_queue=50, max_batch=10, concurrency=1, max_wait_ms=0))
+
+    async def ask(number: int) -> str:
+        try:
+            hits = (await service.search([Query(f"q{number}", 1)]))[0]
+        except Overloaded:
+            return "shed"
+        assert hits[0].doc_id == f"q{number}", "an answer is never another's"
+        return "answered"
+
+    calls: list[asyncio.Task[str]] = []
+    most_waiting = 0
+    for burst in range(50):
+        calls += [asyncio.create_task(ask(burst * 100 + i)) for i in range(100)]
+        turns.release()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert service.stats()["queue_depth"] <= 50
+        most_waiting = max(most_waiting, sum(not call.done() for call in calls))
+    assert 50 <= most_waiting <= 80, "what is refused is over at once"
+    for _ in range(20):
+        turns.release()
+    outcomes = await asyncio.gather(*calls)
+    assert 450 <= outcomes.count("answered") <= 600 and len(outcomes) == 5000
+    turns.release()
+    assert await ask(-1) == "answered" and service.stats()["queue_depth"] == 0
     await service.close()
 
 
@@ -120,7 +164,7 @@ async def test_deadlines_are_typed_and_do_not_disturb_others() -> None:
     patient = asyncio.create_task(service.search([Query("a")], timeout_s=5))
     await asyncio.sleep(0.01)
     for _ in range(2):
-        with pytest.raises(DeadlineExceeded, match=r"after 0\.01 s"):
+        with pytest.raises(DeadlineExceeded, match=r"after 0\.0\d+ s"):
             await service.search([Query("a"), Query("late")], timeout_s=0.01)
     cancelled = asyncio.create_task(service.search([Query("a")]))
     await asyncio.sleep(0)
@@ -140,6 +184,72 @@ async def test_a_backend_that_hangs_gives_its_slot_back() -> None:
         await service.search([Query("a")])
     backend.gate.set()
     assert await service.search([Query("a")])
+    await service.close()
+
+
+async def test_who_joins_with_more_time_is_not_bound_by_the_first() -> None:
+    backend = Slow(held=True)
+    service = SearchService(backend, ServiceConfig(concurrency=1))
+    hasty = asyncio.create_task(service.search([Query("a")], timeout_s=0.05))
+    await asyncio.sleep(0.01)
+    patient = asyncio.create_task(service.search([Query("a")], timeout_s=20))
+    with pytest.raises(DeadlineExceeded):
+        await hasty
+    await asyncio.sleep(0.05)
+    backend.gate.set()
+    assert (await patient)[0][0].doc_id == "a"
+    await service.close()
+
+
+async def test_the_time_of_the_first_call_binds_no_later_one() -> None:
+    service = SearchService(Slow(), ServiceConfig())
+    with time_limit(0.5):
+        await service.search([Query("a")])
+    await asyncio.sleep(0.55)
+    assert await service.search([Query("b")])
+    await service.close()
+
+
+async def test_a_query_alone_waits_for_nobody() -> None:
+    service = SearchService(Slow(), ServiceConfig(max_wait_ms=5000))
+    await asyncio.wait_for(service.search([Query("a")]), 2)
+    await service.close()
+
+
+async def test_a_bad_query_in_a_batch_is_not_the_others_fault() -> None:
+    class Picky(Slow):
+        async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
+            if any(q.text == "bad" for q in queries):
+                raise BadQuery("the index cannot read this query")
+            return await super().search(queries)
+
+    service = SearchService(Picky(), ServiceConfig())
+    found = await asyncio.gather(*[service.search([Query(t, 1)]) for t in ("a", "bad", "b")], return_exceptions=True)
+    assert [type(f) for f in found] == [list, BadQuery, list]
+    assert service.stats()["errors_BadQuery"] == 1
+    await service.close()
+
+
+async def test_stats_tell_of_batches_stages_and_errors() -> None:
+    class Staged(Slow):
+        async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
+            with stage("encode"):
+                await asyncio.sleep(0.02)
+            return await super().search(queries)
+
+    backend = Staged()
+    service = SearchService(backend, ServiceConfig(max_batch=4))
+    await asyncio.gather(*[service.search([Query(f"q{i}")]) for i in range(5)])
+    backend.fails = ConnectionError("gone")
+    with pytest.raises(ConnectionError):
+        await service.search([Query("x")])
+    await service.get(["a", "a", "b"])
+    await service.get(["a"])
+    stats = service.stats()
+    assert (stats["batches_le_1"], stats["batches_le_4"], stats["batches_le_256"]) == (2, 3, 3)
+    assert stats["errors"] == stats["errors_ConnectionError"] == 1
+    assert 19 < stats["encode_p50_ms"] <= stats["batch_p99_ms"] <= stats["total_p99_ms"]
+    assert stats["page_hit_rate"] == 0.25 and stats["hit_rate"] == 0
     await service.close()
 
 
@@ -186,6 +296,55 @@ async def test_pages_are_cached_and_bounded() -> None:
     backend.gate.set()
     assert await first
     await service.close()
+
+
+async def test_what_was_found_without_a_leg_is_not_kept() -> None:
+    class Hybrid(Slow):
+        degraded = 0.0
+        down = True
+
+        def stats(self) -> dict[str, float]:
+            return {"degraded": self.degraded}
+
+        async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
+            self.degraded += self.down * len(queries)
+            return await super().search(queries)
+
+    backend = Hybrid()
+    service = SearchService(backend)
+    await service.search([Query("a")])
+    backend.down = False
+    for _ in range(3):
+        await service.search([Query("a")])
+    assert len(backend.batches) == 2 and service.stats()["degraded"] == 1
+    await service.close()
+
+
+async def test_pages_are_kept_by_their_bytes() -> None:
+    class Long(Slow):
+        async def get(self, ids: Sequence[str]) -> list[Document | None]:
+            self.gets.append(list(ids))
+            return [Document(i, i, "x" * 400_000) for i in ids]
+
+    backend = Long()
+    service = SearchService(backend, ServiceConfig(page_cache_mb=1))
+    for id_ in "aabcaab":
+        await service.get([id_])
+    assert "".join(ids[0] for ids in backend.gets) == "abcab", "two pages of 0.4 MB fit, not three"
+    assert 0.7 < service.stats()["page_cache_mb"] <= 1
+    await service.close()
+
+
+@given(st.integers(0, 30), st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 12)), max_size=40))
+def test_a_cache_keeps_what_was_used_last_and_never_more_than_its_bound(
+    limit: int, puts: list[tuple[str, int]]
+) -> None:
+    cache: Cache[int] = Cache(limit, weight=lambda value: value)
+    for key, value in puts:
+        cache.put(key, value)
+        assert cache.get(key) == (value if value <= limit else None)
+    kept = {key: value for key in "abcdef" if (value := cache.get(key)) is not None}
+    assert cache.weight == sum(kept.values()) <= limit and len(cache) == len(kept)
 
 
 async def test_close_frees_the_waiters() -> None:
