@@ -41,7 +41,7 @@ FLAT_MIB, FLAT_SHARE = 1.0, 0.01
 """Growth per 1,000 steps that still counts as none: so many MiB, or this share of the process."""
 ROLES = (
     ("engine core", r"VLLM|EngineCore"), ("sampler", r"ray::Sampler"), ("fleet", r"ray::Fleet"), ("buffer", r"ray::(Buffer|Replay)"),
-    ("rollout worker", r"ray::RolloutWorker"), ("retrieval", r"ray::Retrieval"), ("reward", r"ray::RewardServer"),
+    ("rollout worker", r"ray::RolloutWorker"), ("retrieval", r"ray::(Retrieval|IndexShard|QueryEncoder|PageStore)"), ("reward", r"ray::RewardServer"),
     ("learner", r"ray::\w*TrainWorker"), ("train controller", r"ray::\w*TrainController"), ("Ray: idle worker", r"ray::IDLE"),
     ("Ray: gcs_server", r"gcs_server"), ("Ray: raylet", r"raylet/raylet"), ("Ray: other", r"ray::|/ray/"),
 )  # fmt: skip

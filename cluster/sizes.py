@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.model import ModelShape
+from retrieval.config import legs_of
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
@@ -51,9 +52,14 @@ def needs(config: RunConfig) -> dict[str, float]:
     fleet, train = config.fleet, config.train
     wanted = {
         "CPU": fleet.num_engines * fleet.num_cpus + train.num_workers * train.worker_cpus,
-        "GPU": fleet.num_engines * fleet.num_gpus + train.num_workers * train.worker_gpus,
+        "GPU": fleet.num_engines * fleet.num_gpus + train.num_workers * train.worker_gpus + _retrieval_gpus(config),
     }
     return {kind: amount for kind, amount in wanted.items() if amount}
+
+
+def _retrieval_gpus(config: RunConfig) -> float:
+    spread, legs = config.service.topology, len(legs_of(config.retrieval))
+    return spread.encoders * spread.encoder_gpus + legs * config.retrieval.shards * spread.shard_replicas * spread.shard_gpus
 
 
 def shares(config: RunConfig, shape: ModelShape, gpu_gib: float | None = None) -> tuple[Share, Share]:

@@ -29,6 +29,7 @@ from envs.guard import Guards
 from envs.journal import Journal, ReplayMiss
 from envs.masks import Sight, date_of
 from envs.passages import matches, pages
+from retrieval.deadline import time_limit
 from retrieval.errors import BadQuery
 from retrieval.snippets import lead, one_line, snippet
 
@@ -323,7 +324,8 @@ class Session:
         for left in range(self.config.retries, -1, -1):
             self._attempts += 1
             try:
-                return await asyncio.wait_for(request(), self.config.call_timeout_s)
+                with time_limit(self.config.call_timeout_s):  # whoever is asked further down gives up then, too
+                    return await asyncio.wait_for(request(), self.config.call_timeout_s)
             except ReplayMiss:
                 raise
             except BadQuery as error:

@@ -63,7 +63,7 @@ def below(pid: int) -> dict[int, str]:
 ACTORS = {
     "sampler": "ray::Sampler", "engine": "VLLM::EngineCore", "fleet": "ray::Fleet", "rollout": "ray::RolloutWorker",
     "reward": "ray::RewardServer", "retrieval": "ray::Retrieval", "buffer": "ray::Buffer", "learner": "ray::RayTrainWorker",
-    "controller": "ray::TrainController",
+    "controller": "ray::TrainController", "shard": "ray::IndexShard", "encoder": "ray::QueryEncoder", "store": "ray::PageStore",
 }  # fmt: skip
 """Titles of the processes of a run, by what they do; the driver is the one that was started."""
 
