@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from jsonschema.exceptions import best_match  # type: ignore[import-untyped]
 
 from agents.types import JudgeReply, JudgeRequest
+
+KINDS = ("rule", "chat", "vllm")
 
 
 class JudgeError(RuntimeError):
@@ -18,54 +20,100 @@ class JudgeError(RuntimeError):
 
 @dataclass
 class JudgeConfig:
-    """Who judges."""
+    """Who judges. Limits, cache and counters of `chat` and `vllm` hold per reward actor (vllm: per engine)."""
 
     kind: str = "rule"
-    """`rule` (exact, in closed worlds only) or `chat` (any OpenAI-compatible chat endpoint)."""
+    """`rule` (exact, in closed worlds only), `chat` (any OpenAI-compatible chat endpoint) or `vllm` (engines that the run hosts)."""
     base_url: str = ""
     """chat: address up to and with the version, such as `http://127.0.0.1:8000/v1`."""
     model: str = ""
-    """chat: model name as the endpoint knows it."""
+    """chat: model name as the endpoint knows it; vllm: folder or name of a checkpoint."""
     api_key_env: str = ""
     """chat: name of the environment variable that holds the key; empty: none is sent."""
     timeout_s: float = 60.0
-    """chat: one HTTP request, from connecting to the last byte."""
+    """One HTTP request, from connecting to the last byte."""
     deadline_s: float = 300.0
-    """chat: one judgement with all waiting, retries and repairs; then it is unavailable."""
+    """One judgement with all waiting, retries and repairs; then it is unavailable."""
     max_retries: int = 4
-    """chat: further tries after a transport failure, 429 or 5xx."""
+    """Further tries after a transport failure, 429 or 5xx."""
     backoff_s: float = 0.5
-    """chat: first pause before a retry; it doubles, with jitter. Retry-After is honoured instead when the server sends it."""
+    """First pause before a retry; it doubles, with jitter. Retry-After is honoured when it is longer."""
     max_backoff_s: float = 30.0
-    """chat: longest pause of our own choosing."""
+    """Longest pause of our own choosing."""
     concurrency: int = 16
-    """chat: most HTTP requests in flight, per reward actor."""
+    """Most HTTP requests in flight."""
+    requests_per_minute: int = 0
+    """Most HTTP requests that begin within a minute; 0: no limit."""
+    tokens_per_minute: int = 0
+    """Most tokens within a minute, in and out: estimated when a request begins, corrected by its reply; 0: no limit."""
+    breaker_failures: int = 8
+    """Transport failures in a row after which, if a control request fails too, nobody is asked for a while."""
+    breaker_share: float = 0.5
+    """The same for the share of failures among the last 40 requests."""
+    breaker_s: float = 10.0
+    """How long nobody is asked then; doubles, up to eightfold, while control requests keep failing."""
     temperature: float = 0.0
-    """chat: sampling temperature of the judge."""
+    """Sampling temperature of the judge."""
     max_tokens: int = 4096
-    """chat: most tokens of one reply."""
+    """Most tokens of one reply."""
     structured: bool = True
-    """chat: ask the server to enforce the reply's schema; a server that refuses (400) is asked without from then on."""
+    """Ask the server to enforce the reply's schema; a server that refuses (400) is asked without from then on."""
     cache_size: int = 20_000
-    """chat: replies kept in memory, by content; 0: none."""
+    """Replies kept in memory, by content; 0: none."""
+    cache_dir: str = ""
+    """Folder of replies kept on disk, by content; processes and runs may share it. Empty: none."""
+    cache_entries: int = 1_000_000
+    """Most replies in that folder; those read longest ago go first."""
+    price_in: float = 0.0
+    """Price of a million tokens sent, in any currency; `judge/cost` is in the same."""
+    price_out: float = 0.0
+    """Price of a million tokens received."""
+    record: str = ""
+    """File to which every request and reply is appended (JSONL); empty: none."""
+    replay: str = ""
+    """File of such records that answers in place of the judge; a request it lacks is an error. Empty: off."""
+    engines: int = 1
+    """vllm: engines to host, each an actor."""
+    num_gpus: float = 1.0
+    """vllm: GPUs of one engine; 0: it runs on the CPU."""
+    engine_args: list[str] = field(default_factory=list)
+    """vllm: further arguments of `vllm serve`, such as `[--max-model-len, "16384"]`."""
+    start_s: float = 900.0
+    """vllm: how long an engine may take to come up."""
 
     def check(self) -> None:
         """Raises ValueError, one line, for a value outside its range."""
-        if self.kind not in ("rule", "chat"):
-            raise ValueError(f"judge.kind {self.kind!r} is unknown; one of rule, chat")
-        if self.kind == "chat":
-            if not self.base_url.startswith(("http://", "https://")):
-                raise ValueError(
-                    f"judge.base_url {self.base_url!r} is not an http(s) address; give one such as http://127.0.0.1:8000/v1"
-                )
-            if not self.model:
-                raise ValueError("judge.model is empty; give the model name that the endpoint at judge.base_url serves")
-        for name in ("timeout_s", "deadline_s", "concurrency", "max_tokens", "max_backoff_s"):
+        if self.kind not in KINDS:
+            raise ValueError(f"judge.kind {self.kind!r} is unknown; one of {', '.join(KINDS)}")
+        if self.kind == "chat" and not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"judge.base_url {self.base_url!r} is not an http(s) address; give one such as http://127.0.0.1:8000/v1"
+            )
+        if self.kind != "rule" and not self.model:
+            given = (
+                "model name that the endpoint at judge.base_url serves"
+                if self.kind == "chat"
+                else "checkpoint to serve"
+            )
+            raise ValueError(f"judge.model is empty; give the {given}")
+        for name in (
+            "timeout_s", "deadline_s", "concurrency", "max_tokens", "max_backoff_s", "breaker_failures", "breaker_s", "cache_entries",
+            "engines", "start_s",
+        ):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ValueError(f"judge.{name} {getattr(self, name)} is not positive")
-        for name in ("max_retries", "backoff_s", "temperature", "cache_size"):
+        for name in (
+            "max_retries", "backoff_s", "temperature", "cache_size", "requests_per_minute", "tokens_per_minute", "price_in", "price_out",
+            "num_gpus",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"judge.{name} {getattr(self, name)} is negative")
+        if not 0 < self.breaker_share <= 1:
+            raise ValueError(f"judge.breaker_share {self.breaker_share} is outside (0, 1]")
+        if self.record and self.replay:
+            raise ValueError(
+                "judge.record and judge.replay are both set; a replay has nothing new to record, so clear one"
+            )
 
 
 class RunningJudge(Protocol):
@@ -84,13 +132,31 @@ class RunningJudge(Protocol):
     async def close(self) -> None: ...
 
 
-def make_judge(config: JudgeConfig) -> RunningJudge:
-    """The configured judge. Raises ValueError or JudgeError, one line, for a config that does not fit; asks nobody yet."""
+def make_judge(config: JudgeConfig, hosted: RunningJudge | None = None) -> RunningJudge:
+    """The configured judge; asks nobody yet. `hosted`: for `vllm`, whoever reaches the engines.
+
+    Raises ValueError or JudgeError, one line, for a config that does not fit.
+    """
     config.check()
+    if config.replay:
+        from rewards.judges.traffic import Replayed
+
+        return Replayed(config.replay)
+    judge = hosted or _make(config)
+    if config.record:
+        from rewards.judges.traffic import Recorded
+
+        return Recorded(judge, config.record)
+    return judge
+
+
+def _make(config: JudgeConfig) -> RunningJudge:
     if config.kind == "rule":
         from rewards.judges.rule import RuleJudge
 
         return RuleJudge()
+    if config.kind == "vllm":
+        raise JudgeError("judge.kind vllm needs engines, which a training run hosts; elsewhere set judge.kind=chat")
     from rewards.judges.chat import ChatJudge
 
     return ChatJudge(config)

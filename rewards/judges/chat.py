@@ -1,55 +1,77 @@
-"""A judge behind any OpenAI-compatible chat endpoint, over httpx.
+"""A judge behind any OpenAI-compatible chat endpoint: what is asked, what counts as an answer, and what its absence means.
 
 Invariants:
-- Errors are values. Transport failures, timeouts, 429 and 5xx are retried (jitter, Retry-After) within one deadline, then `unavailable`.
-- A reply counts only when it satisfies the request's schema; otherwise the judge is asked to mend it, twice.
-- Breaking the judge never pays: what fails on one text while the judge gives usable replies to others is `unjudgeable`. That
-  holds for unusable replies and for other 4xx (such as a context overflow) once there was any usable reply, and for 5xx and
-  timeouts that outlast the retries while others are answered. A judge that answers nobody is `unavailable`.
-- Only good replies are cached; the key covers model, prompt, fields and schema.
-- The key of the endpoint is read from the environment and written nowhere.
+- Errors are values. Transport failures, timeouts, 429 and 5xx are retried (jitter, Retry-After) within one deadline, then `unavailable`;
+  while the breaker is open they are that at once.
+- A reply counts only when it satisfies the request's schema. The judge is asked once to mend one that does not, then asked afresh.
+- Breaking the judge never pays: a text on which it failed three times (unusable replies, 400, 413, 422, 5xx, timeouts) though it answers
+  others, a control request if nobody else asks, is `unjudgeable`, provided that at the others' rate of failure so many failures
+  are no coincidence (`breaker.Odds`). A judge that answers nobody, overload and lost connections are `unavailable`.
+- Only good replies are cached; the key covers endpoint, model, sampling, prompt, fields and schema. Equal requests at one time are one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
-import os
 import random
-import re
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
-
-import httpx
 
 from agents.types import JudgeReply, JudgeRequest, Status
-from rewards.judges.base import JudgeConfig, JudgeError, schema_problem
-from rewards.judges.templates import Prompt, clean, load_prompt, render
+from rewards.judges.base import JudgeConfig
+from rewards.judges.breaker import COINCIDENCE, Breaker, Odds
+from rewards.judges.cache import ReplyCache
+from rewards.judges.endpoint import Endpoint, Message, Try, api_key
+from rewards.judges.replies import read_reply, wire_schema
+from rewards.judges.sanitise import disarm, hollow_field
+from rewards.judges.templates import Prompt, load_prompt, render
 
 NUM_TRIES = 3
-"""Unusable replies on one text before it is unjudgeable."""
-_THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
-_FENCE = re.compile(r"```(?:json)?")
-_START = re.compile(r"\{|\[(?=\s*\{)")
-_BRACE = re.compile(r"[{}\[\]]")
-Message = dict[str, str]
+"""Failures on one text before it may be to blame."""
+MOST_TRIES = 10
+"""Tries of one text while others are answered, until it is clear who is to blame."""
+CONTROL_S = 30.0
+"""Deadline of a control request. One that failed speaks for a third of that time."""
+CONTROL = JudgeRequest(
+    "control",
+    {"first": "The tower is 300 metres high.", "second": "The tower has a height of 300 m."},
+    {
+        "type": "object",
+        "properties": {"same": {"type": "boolean"}},
+        "required": ["same"],
+        "additionalProperties": False,
+    },
+)
+"""What any judge that works can answer; which way does not matter."""
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What came over the wire: the reply's text, or why there is none."""
+@dataclass
+class _Case:
+    """One judgement under way."""
 
-    text: str = ""
-    status: Status = Status.ok
-    cause: str = ""
-    detail: str = ""
+    who: str
+    """Its content hash."""
+    messages: list[Message]
+    schema: Mapping[str, Any]
+    ends_at: float
+    last: Try | None = None
+    """The last failed try."""
     num_tokens: int = 0
+    num_blamed: int = 0
+    num_unusable: int = 0
+    num_lost: int = 0
+
+    def failed(self, status: Status) -> JudgeReply:
+        last = self.last or Try("judge_deadline")
+        nobody = last.cause == "unusable_reply" and status is Status.unavailable  # the judge is at fault, not the text
+        cause = "judge_unusable" if nobody else last.cause
+        return JudgeReply(status, cause=cause, text=last.detail, num_tokens=self.num_tokens)
 
 
 class ChatJudge:
@@ -57,334 +79,202 @@ class ChatJudge:
 
     def __init__(self, config: JudgeConfig) -> None:
         self._config = config
-        self._headers = {"Authorization": f"Bearer {_key(config)}"} if config.api_key_env else {}
+        if config.api_key_env:
+            api_key(config)  # better missed now than at the first request
         self._structured = config.structured
-        self._num_usable = 0
-        self._cache: OrderedDict[str, JudgeReply] = OrderedDict()
+        self._cache = ReplyCache(config.cache_size, config.cache_dir, config.cache_entries)
+        self._breaker, self._odds = Breaker(config), Odds()
         self._counts: Counter[str] = Counter()
+        self._control_failed_at = float("-inf")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._client: httpx.AsyncClient | None = None
-        self._slots = asyncio.Semaphore(config.concurrency)
 
     async def ask(self, request: JudgeRequest) -> JudgeReply:
         """A reply that satisfies the request's schema, or a typed failure. Raises PromptError for a request that fits no prompt."""
         began = time.monotonic()
+        self._at_home()
         prompt = load_prompt(request.prompt)
-        wire = _wire_schema(request.schema)
-        messages = _messages(prompt, request, wire)
-        key = self._cache_key(prompt, messages, wire)
+        label = f"{prompt.label}@{self._config.model}"
         self._counts["asked"] += 1
-        if key in self._cache:
-            self._cache.move_to_end(key)
+        hollow = hollow_field(prompt.agent_fields, request.fields)
+        if hollow:
+            self._counts["hollow_text"] += 1
+            text = f"the agent's {hollow} says nothing, so no judge was asked"
+            return JudgeReply(Status.unjudgeable, cause="hollow_text", text=text, prompt_hash=label)
+        key = self._cache_key(prompt, request)
+        reply = await self._cache.get(key, request.schema)
+        if reply is not None:
             self._counts["cached"] += 1
-            return self._cache[key]
-        trail = [self._num_usable]
-        try:
-            async with asyncio.timeout(self._config.deadline_s):
-                reply = await self._ask(messages, request.schema, wire, began + self._config.deadline_s, trail)
-        except TimeoutError:
-            blame_text = len(trail) > 2 and self._num_usable > trail[-1]
-            reply = JudgeReply(Status.unjudgeable if blame_text else Status.unavailable, cause="judge_deadline")
-        reply = replace(reply, prompt_hash=prompt.label, latency_s=time.monotonic() - began)
+            return reply
+        task = self._pending.get(key)
+        if task is None:
+            case = _Case(key, _messages(prompt, request), request.schema, began + self._config.deadline_s)
+            task = self._pending[key] = asyncio.create_task(self._finish(case, label))
+            task.add_done_callback(lambda _: self._pending.pop(key, None))
+        else:
+            self._counts["joined"] += 1
+        reply = await asyncio.shield(task)
         self._counts[reply.cause or "ok"] += 1
-        if reply.status is Status.ok and self._config.cache_size:
-            self._cache[key] = reply
-            while len(self._cache) > self._config.cache_size:
-                self._cache.popitem(last=False)
-        return reply
+        return replace(reply, latency_s=time.monotonic() - began)
 
     async def check(self) -> None:
         """Asks the endpoint for its models. Raises JudgeError, one line, when it is dead, refuses the key or lacks the model."""
-        where = f"judge endpoint {self._config.base_url}"
-        try:
-            response = await self._http().get("models", timeout=min(10.0, self._config.timeout_s))
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise JudgeError(
-                f"{where} does not answer ({type(error).__name__}); start it, or set judge.base_url to one that runs"
-            ) from None
-        if response.status_code in (401, 403):
-            raise JudgeError(
-                f"{where} refuses the key ({response.status_code}); set judge.api_key_env to the variable that holds it"
-            )
-        if response.status_code >= 500:
-            raise JudgeError(f"{where} is in trouble (HTTP {response.status_code}); look at its log")
-        models = _model_names(response)  # servers without this route are taken at their word
-        if models and self._config.model not in models:
-            listed = ", ".join(models[:5]) + (", ..." if len(models) > 5 else "")
-            raise JudgeError(f"{where} does not serve judge.model {self._config.model!r}; it serves {listed}")
+        self._at_home()
+        await self._endpoint.check()
 
     def stats(self) -> dict[str, float]:
-        return {name: float(count) for name, count in sorted(self._counts.items())}
+        """Requests, replies by kind, failures by cause, tokens, `cost`, `breaker_open` (0 or 1)."""
+        c, found = self._config, {name: float(count) for name, count in sorted(self._counts.items())}
+        cost = (self._counts["tokens_in"] * c.price_in + self._counts["tokens_out"] * c.price_out) / 1e6
+        return found | {
+            "cost": cost, "breaker_open": float(self._breaker.open), "breaker_opened": float(self._breaker.num_opened),
+            "cache_errors": float(self._cache.num_errors),
+        }  # fmt: skip
 
     async def close(self) -> None:
-        if self._client is not None and self._loop is asyncio.get_running_loop():
-            await self._client.aclose()
-        self._client = self._loop = None
+        if self._loop is asyncio.get_running_loop():
+            for task in [*self._pending.values(), *([self._control] if self._control else [])]:
+                task.cancel()
+            await self._endpoint.close()
+        await self._cache.flush()
+        self._loop = None
+
+    def _at_home(self) -> None:
+        """Connections, locks and tasks belong to an event loop, so a new loop gets new ones."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._endpoint = loop, Endpoint(self._config, self._counts)
+            self._pending: dict[str, asyncio.Task[JudgeReply]] = {}
+            self._control: asyncio.Task[bool] | None = None
 
     # --------------------------------------------------------------------------------------------- one judgement
 
-    async def _ask(
-        self,
-        messages: list[Message],
-        schema: Mapping[str, Any],
-        wire: Mapping[str, Any],
-        ends_at: float,
-        trail: list[int],
-    ) -> JudgeReply:
-        num_tokens, problem = 0, ""
-        asked = list(messages)
-        for _ in range(NUM_TRIES):
-            answer = await self._complete(asked, wire, ends_at, trail)
-            num_tokens += answer.num_tokens
-            if answer.status is not Status.ok:
-                return JudgeReply(answer.status, cause=answer.cause, text=answer.detail, num_tokens=num_tokens)
-            value, reasons, problem = read_reply(answer.text, schema, wire)
-            if not problem:
-                self._num_usable += 1
-                return JudgeReply(Status.ok, value, text=reasons, num_tokens=num_tokens)
-            self._counts["unusable_replies"] += 1
-            asked = [
-                *messages,
-                {"role": "assistant", "content": clean(answer.text[:8000]) or "(empty)"},
-                _mend(problem),
-            ]
-        if not self._num_usable:  # nothing but garbage so far: the judge is at fault, not the text
-            return JudgeReply(Status.unavailable, cause="judge_unusable", text=problem, num_tokens=num_tokens)
-        return JudgeReply(Status.unjudgeable, cause="unusable_reply", text=problem, num_tokens=num_tokens)
+    async def _finish(self, case: _Case, label: str) -> JudgeReply:
+        try:
+            async with asyncio.timeout(self._config.deadline_s):
+                reply = await self._judge(case)
+        except TimeoutError:
+            guilty = self._guilty(case)
+            reply = case.failed(Status.unjudgeable if guilty else Status.unavailable)
+            reply = reply if guilty else replace(reply, cause="judge_deadline")
+        reply = replace(reply, prompt_hash=label)
+        self._cache.put(case.who, reply)
+        return reply
 
-    async def _complete(
-        self, messages: list[Message], wire: Mapping[str, Any], ends_at: float, trail: list[int]
-    ) -> _Answer:
-        """One HTTP answer, with retries. `trail`: usable replies to anyone before the request and at each of its failures."""
-        answer = _Answer(status=Status.unavailable, cause="judge_unreachable")
-        for attempt in range(self._config.max_retries + 1):
-            answer, pause_s = await self._post(messages, wire)
-            if pause_s is None:
-                return answer
-            last = attempt == self._config.max_retries
-            backoff_s = min(self._config.max_backoff_s, self._config.backoff_s * 2**attempt) * random.uniform(0.5, 1.0)
-            wait_s = max(backoff_s, pause_s)
+    async def _judge(self, case: _Case) -> JudgeReply:
+        asked, config = case.messages, self._config
+        while True:
+            if self._breaker.due:
+                await self._ask_control()
+            tried = await self._try(case.who, asked, case.schema)
+            case.num_tokens += tried.num_tokens
+            if not tried.cause:
+                return JudgeReply(Status.ok, tried.value, text=tried.reasons, num_tokens=case.num_tokens)
+            if tried.cause == "judge_circuit_open":
+                case.last = case.last or tried
+                return case.failed(Status.unavailable)
+            case.last = tried
+            case.num_blamed += tried.blames
+            if tried.cause == "unusable_reply":
+                case.num_unusable += 1
+                mend = case.num_unusable % 2 == 1
+                asked = [*case.messages, *_mend(tried)] if mend else case.messages
+            else:
+                case.num_lost += 1
+            if self._breaker.suspect:
+                await self._ask_control()
+            spent = not tried.retry or case.num_lost > config.max_retries or case.num_unusable >= NUM_TRIES
+            if tried.blames and case.num_blamed >= NUM_TRIES:
+                up = self._odds.answered_since(tried.began, case.who) or await self._ask_control()
+                if self._guilty(case):
+                    return case.failed(Status.unjudgeable)
+                if up:  # going on tells whether it is the text
+                    spent = case.num_blamed >= MOST_TRIES
+            backoff_s = min(config.max_backoff_s, config.backoff_s * 2.0 ** min(16, case.num_lost - 1))
+            wait_s = (
+                0.0 if tried.cause == "unusable_reply" else max(backoff_s * random.uniform(0.5, 1.0), tried.pause_s)
+            )
             # When the deadline would come first, what is wrong is said instead.
-            final = last or time.monotonic() + wait_s >= ends_at
-            if _text_may_cause(answer.cause):
-                if final and (last or len(trail) > 1) and self._num_usable > trail[-1]:
-                    # Others were answered since the last failure, so the judge is up: it is this text.
-                    return replace(answer, status=Status.unjudgeable)
-                trail.append(self._num_usable)
-            if final:
-                return answer
+            if spent or time.monotonic() + wait_s >= case.ends_at:
+                return case.failed(Status.unavailable)
             self._counts["retries"] += 1
             await asyncio.sleep(wait_s)
-        return answer
 
-    async def _post(self, messages: list[Message], wire: Mapping[str, Any]) -> tuple[_Answer, float | None]:
-        """(answer, seconds the server asks to wait before a retry; None: a retry would not help)."""
-        structured = self._structured
-        response = await self._send(messages, wire if structured else None)
-        if structured and isinstance(response, httpx.Response) and response.status_code == 400:
-            # Perhaps the server cannot enforce schemas; if it takes the plain request, never ask for it again.
-            response = await self._send(messages, None)
-            if isinstance(response, httpx.Response) and response.is_success:
-                self._structured = False
-        if isinstance(response, _Answer):
-            return response, 0.0
-        status = response.status_code
-        if status == 429 or status == 408 or status >= 500:
-            cause = "judge_overloaded" if status in (429, 503) else f"judge_http_{status}"
-            return _Answer(status=Status.unavailable, cause=cause), _retry_after_s(response)
-        if not response.is_success:
-            # Text that only this request brings (too long, refused content) is the text's fault if the judge answers others.
-            blame_text = status in (400, 413, 422) and self._num_usable > 0
-            verdict = Status.unjudgeable if blame_text else Status.unavailable
-            return _Answer(status=verdict, cause=f"judge_http_{status}", detail=response.text[:300]), None
-        found = _content(response)
-        if found is None:
-            return _Answer(status=Status.unavailable, cause="judge_bad_response"), 0.0
-        return found, None
+    def _guilty(self, case: _Case) -> bool:
+        """The text failed three times, others were answered since, and that is no coincidence."""
+        return (
+            case.last is not None
+            and case.last.blames
+            and case.num_blamed >= NUM_TRIES
+            and self._odds.answered_since(case.last.began, case.who)
+            and self._odds.coincidence(case.num_blamed, case.who) < COINCIDENCE
+        )
 
-    async def _send(self, messages: list[Message], wire: Mapping[str, Any] | None) -> httpx.Response | _Answer:
-        body: dict[str, Any] = {
-            "model": self._config.model,
-            "messages": messages,
-            "temperature": self._config.temperature,
-            "max_tokens": self._config.max_tokens,
-        }
-        if wire is not None:
-            form = {"name": "verdict", "schema": wire, "strict": True}
-            body["response_format"] = {"type": "json_schema", "json_schema": form}
-        client = self._http()
-        self._counts["requests"] += 1
+    async def _ask_control(self) -> bool:
+        """Whether the judge answers a control request now. Those who wonder share one; the breaker goes by it."""
+        if self._control is None or self._control.done():
+            if not self._breaker.due and time.monotonic() < self._control_failed_at + CONTROL_S / 3:
+                if self._breaker.suspect:
+                    self._breaker.decide(False)
+                return False
+            self._control = asyncio.create_task(self._run_control())
+        return await asyncio.shield(self._control)
+
+    async def _run_control(self) -> bool:
+        self._counts["controls"] += 1
         try:
-            async with self._slots, asyncio.timeout(self._config.timeout_s):
-                return await client.post("chat/completions", json=body)
-        except (httpx.TimeoutException, TimeoutError):
-            return _Answer(status=Status.unavailable, cause="judge_timeout")
-        except (httpx.HTTPError, httpx.InvalidURL):
-            return _Answer(status=Status.unavailable, cause="judge_unreachable")
+            async with asyncio.timeout(CONTROL_S):
+                tried = await self._try("", _messages(load_prompt(CONTROL.prompt), CONTROL), CONTROL.schema)
+        except TimeoutError:
+            tried = Try("judge_timeout")
+        if tried.cause:
+            self._control_failed_at = time.monotonic()
+        if self._breaker.suspect or self._breaker.open:
+            self._breaker.decide(tried.arrived)
+        return not tried.cause
 
-    def _http(self) -> httpx.AsyncClient:
-        """The client of the running loop. Connections and locks belong to a loop, so a new loop gets new ones."""
-        loop = asyncio.get_running_loop()
-        if self._client is None or self._loop is not loop:
-            local = urlsplit(self._config.base_url).hostname in ("127.0.0.1", "localhost", "::1")
-            self._loop, self._slots = loop, asyncio.Semaphore(self._config.concurrency)
-            self._client = httpx.AsyncClient(
-                base_url=self._config.base_url.rstrip("/") + "/",
-                headers=self._headers,
-                timeout=httpx.Timeout(self._config.timeout_s, pool=None),
-                limits=httpx.Limits(max_connections=self._config.concurrency),
-                trust_env=not local,  # a proxy for the outside must not catch a local judge
-            )
-        return self._client
+    async def _try(self, who: str, messages: list[Message], schema: Mapping[str, Any]) -> Try:
+        """Asks once. `who` is empty for a control request, which an open breaker lets through."""
+        wire, structured = wire_schema(schema), self._structured
+        post = functools.partial(self._endpoint.post, messages, barred=(lambda: self._breaker.open) if who else None)
+        tried = await post(wire if structured else None)
+        if structured and tried.cause == "judge_http_400":
+            # Perhaps the server cannot enforce schemas; if it takes the plain request, never ask for it again.
+            plain = await post(None)
+            if not plain.cause:
+                self._structured, tried = False, plain
+        if not tried.cause:
+            value, reasons, problem = read_reply(tried.raw, schema, wire)
+            tried = replace(tried, value=value, reasons=reasons)
+            if problem:
+                self._counts["unusable_replies"] += 1
+                tried = replace(tried, cause="unusable_reply", blames=True, detail=problem)
+        if tried.cause not in ("judge_circuit_open", "judge_overloaded"):  # overload asks for patience, and gets it
+            self._breaker.note(tried.arrived)
+        if tried.blames or not tried.cause:
+            self._odds.note(who, not tried.cause)
+        return tried
 
-    def _cache_key(self, prompt: Prompt, messages: list[Message], wire: Mapping[str, Any]) -> str:
+    def _cache_key(self, prompt: Prompt, request: JudgeRequest) -> str:
         c = self._config
-        parts = [c.base_url, c.model, c.temperature, c.max_tokens, prompt.label, messages, wire]
+        parts = [
+            c.kind, c.base_url if c.kind == "chat" else "", c.model, c.temperature, c.max_tokens, prompt.id, prompt.label,
+            request.fields, request.schema,
+        ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------- words on the wire
 
 
-def _text_may_cause(cause: str) -> bool:
-    """Failures that a text can bring about: a server that breaks or runs on. Overload and lost connections are not."""
-    return cause == "judge_timeout" or cause.startswith("judge_http_5")
-
-
-def _wire_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """What the judge is to send: its reasons first, so that the verdict follows from them."""
-    return {
-        "type": "object",
-        "properties": {"reasons": {"type": "string"}, "verdict": dict(schema)},
-        "required": ["reasons", "verdict"],
-        "additionalProperties": False,
-    }
-
-
-def _messages(prompt: Prompt, request: JudgeRequest, wire: Mapping[str, Any]) -> list[Message]:
+def _messages(prompt: Prompt, request: JudgeRequest) -> list[Message]:
     form = (
         "Reply with one JSON object and nothing after it. It has two keys: `reasons`, a string in which you think first and briefly,"
-        f" and `verdict`. It must satisfy this JSON schema:\n{json.dumps(wire, ensure_ascii=False)}"
+        f" and `verdict`. It must satisfy this JSON schema:\n{json.dumps(wire_schema(request.schema), ensure_ascii=False)}"
     )
     user = f"{render(prompt, request.fields)}\n\n{form}"
     return [{"role": "system", "content": prompt.system}, {"role": "user", "content": user}]
 
 
-def _mend(problem: str) -> Message:
-    text = (
-        f"That reply cannot be used ({problem}). Send the corrected JSON object only, in the form that was asked for."
-    )
-    return {"role": "user", "content": text}
-
-
-def read_reply(text: str, schema: Mapping[str, Any], wire: Mapping[str, Any]) -> tuple[Any, str, str]:
-    """(value, reasons, problem) of a judge's text. The value satisfies `schema` exactly when problem is empty.
-
-    The last JSON object of the text counts, fenced or bare; a reply without the `reasons` wrapper is fine. Duplicate keys
-    and non-JSON numbers are refused, and so is an object inside or before one that is broken: it may be a quotation.
-    """
-    text = _THINKING.sub("", text, count=1)
-    source, value, problem = _last_object(text)
-    if problem:
-        return None, "", problem
-    problem = schema_problem(value, wire)
-    if not problem:
-        return value["verdict"], value["reasons"], ""
-    if "verdict" not in value and not schema_problem(value, schema):
-        return value, _FENCE.sub("", text.replace(source, "")).strip(), ""
-    return None, "", problem
-
-
-def _last_object(text: str) -> tuple[str, Any, str]:
-    """(source, value, problem) of the last top-level JSON object in a text."""
-    decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-    found: tuple[str, Any, str] = ("", None, "it holds no JSON object")
-    match = _START.search(text)
-    while match:
-        start = match.start()
-        try:
-            value, end = decoder.raw_decode(text, start)
-            found = (
-                (text[start:end], value, "") if isinstance(value, dict) else ("", None, "it is a list, not an object")
-            )
-        except _Duplicate as error:
-            return "", None, f"key {error.args[0]!r} occurs twice"
-        except (ValueError, RecursionError) as error:
-            end = _closing(text, start)
-            if end < 0 or '"' in text[start:end]:
-                # A failed attempt at JSON (other braces are prose). What came before is not what the judge settled on.
-                found = ("", None, f"its JSON is broken ({str(error)[:120]})")
-            if end < 0:
-                break
-        match = _START.search(text, end)
-    return found
-
-
-def _closing(text: str, start: int) -> int:
-    """Offset after the brace or bracket that closes the one at `start`, or -1."""
-    depth = 0
-    for match in _BRACE.finditer(text, start):
-        depth += 1 if match.group() in "{[" else -1
-        if depth == 0:
-            return match.end()
-    return -1
-
-
-class _Duplicate(ValueError):
-    """A key that occurs twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _Duplicate(key)
-        found[key] = value
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _content(response: httpx.Response) -> _Answer | None:
-    """The reply's text, or None when the body is no chat completion."""
-    try:
-        body = response.json()
-        choice = body["choices"][0]
-        text = choice["message"].get("content") or ""
-        if choice.get("finish_reason") == "length":
-            text = ""  # cut off: what looks like its verdict may be a quotation
-        usage = body.get("usage") or {}
-        return _Answer(text if isinstance(text, str) else "", num_tokens=int(usage.get("total_tokens") or 0))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _model_names(response: httpx.Response) -> list[str]:
-    try:
-        return [str(item["id"]) for item in response.json()["data"]] if response.is_success else []
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-def _retry_after_s(response: httpx.Response) -> float:
-    """Seconds of the Retry-After header (a number or a date); 0 when absent or unreadable."""
-    value = response.headers.get("retry-after", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0
-
-
-def _key(config: JudgeConfig) -> str:
-    key = os.environ.get(config.api_key_env, "")
-    if not key:
-        raise JudgeError(
-            f"judge.api_key_env names {config.api_key_env}, which is not set; export it, or leave judge.api_key_env empty"
-        )
-    return key
+def _mend(tried: Try) -> list[Message]:
+    text = f"That reply cannot be used ({tried.detail}). Send the corrected JSON object only, in the form that was asked for."
+    return [{"role": "assistant", "content": disarm(tried.raw[:8000]) or "(empty)"}, {"role": "user", "content": text}]

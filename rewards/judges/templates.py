@@ -1,10 +1,11 @@
 """Judge prompts: files with a version and a hash, and how foreign text is put into them.
 
-A prompt file is `prompts/ID.md`: a first line `version: N`, then the sections `# System` and `# User`, with `{{field}}` where a
-request's field goes.
+A prompt file is `prompts/ID.md`: a first line `version: N`, perhaps a second `agent: FIELD, ...` (the fields that hold the agent's own
+text; see `sanitise`), then the sections `# System` and `# User`, with `{{field}}` where a request's field goes.
 
-Invariants: every field is data. It stands in a block whose tag carries a hash of the content, so no text can close its own block or open
-another; fields are filled in a single pass, so a field that holds `{{other}}` stays as it is. Same request, same prompt.
+Invariants: every field is data. It stands in a block whose tags carry a hash over all fields, which none of them contains, and
+whatever looks like a tag inside is pulled apart: no text can close its own block or open another. Fields are filled in a single
+pass, so a field that holds `{{other}}` stays as it is. Same request, same prompt.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from rewards.judges.sanitise import disarm
 
 FOLDER = Path(__file__).parent / "prompts"
 _FIELD = re.compile(r"\{\{(\w+)\}\}")
@@ -35,7 +38,9 @@ class Prompt:
     system: str
     user: str
     label: str
-    """What verdicts record: `1-3fa94c01` (version and hash of the file's text)."""
+    """What verdicts record, with the judge's model behind it: `1-3fa94c01` (version and hash of the file's text)."""
+    agent_fields: tuple[str, ...] = ()
+    """Fields that hold what the agent wrote."""
 
 
 @cache
@@ -46,34 +51,44 @@ def load_prompt(prompt_id: str) -> Prompt:
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.md")))
         raise PromptError(f"there is no judge prompt {prompt_id!r}; known: {known}")
     text = path.read_text(encoding="utf-8")
-    found = re.fullmatch(r"version: (\d+)\n+# System\n(.+?)\n# User\n(.+)", text, re.DOTALL)
+    found = re.fullmatch(r"version: (\d+)\n(?:agent: ([\w, ]+)\n)?\n*# System\n(.+?)\n# User\n(.+)", text, re.DOTALL)
     if not found:
         raise PromptError(f"judge prompt {path.name}: expected 'version: N', '# System' and '# User', in this order")
+    version, agent, system, user = found.groups()
+    agent_fields = tuple(name.strip() for name in (agent or "").split(",") if name.strip())
+    unknown = set(agent_fields) - set(_FIELD.findall(user))
+    if unknown:
+        raise PromptError(
+            f"judge prompt {path.name}: 'agent:' names {', '.join(sorted(unknown))}, which the text does not use"
+        )
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return Prompt(prompt_id, int(found[1]), found[2].strip(), found[3].strip(), f"{found[1]}-{digest}")
+    return Prompt(prompt_id, int(version), system.strip(), user.strip(), f"{version}-{digest}", agent_fields)
 
 
 def render(prompt: Prompt, fields: Mapping[str, Any]) -> str:
     """The user text with every field in its data block. Raises PromptError for a field the request lacks."""
-
-    def block(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if name not in fields:
-            raise PromptError(f"judge prompt {prompt.id!r} needs the field {name!r}, which the request lacks")
-        return data_block(name, as_text(fields[name]))
-
-    return _FIELD.sub(block, prompt.user)
-
-
-def data_block(name: str, text: str) -> str:
-    """`text` between tags that it cannot contain, because they carry its own hash."""
-    tag = hashlib.sha256(f"{name}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return f'<data field="{name}" id="{tag}">\n{clean(text)}\n</data id="{tag}">'
+    names = dict.fromkeys(_FIELD.findall(prompt.user))
+    missing = next((name for name in names if name not in fields), None)
+    if missing is not None:
+        raise PromptError(f"judge prompt {prompt.id!r} needs the field {missing!r}, which the request lacks")
+    texts = {name: disarm(as_text(fields[name])) for name in names}
+    tag = _tag(texts)
+    return _FIELD.sub(lambda match: data_block(match[1], texts[match[1]], tag), prompt.user)
 
 
-def clean(text: str) -> str:
-    """The text without lone surrogates, which no JSON body can carry."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+def data_block(name: str, text: str, tag: str) -> str:
+    """A disarmed text between tags that it does not contain."""
+    return f'<data field="{name}" id="{tag}">\n{text}\n</data id="{tag}">'
+
+
+def _tag(texts: Mapping[str, str]) -> str:
+    """A hash over all texts that stands in none of them. An agent cannot foresee it, for it does not know the others."""
+    digest = hashlib.sha256()
+    for name, text in texts.items():
+        digest.update(f"{name} {len(text)} {text}".encode())
+    while any(digest.hexdigest()[:16] in text for text in texts.values()):
+        digest.update(b"again")
+    return digest.hexdigest()[:16]
 
 
 def as_text(value: Any) -> str:
@@ -93,5 +108,5 @@ def _page(page: Mapping[str, Any]) -> str:
     head = [f"[Page {page.get('number', '?')}] {page.get('url', '')}"]
     head += [f"{name.capitalize()}: {page[name]}" for name in ("title", "date") if page.get(name)]
     # A page's own text could imitate the header of another page; its lines are indented, headers are not.
-    body = "\n".join(f"  {line}" for line in str(page["text"]).splitlines())
-    return "\n".join([*(line.replace("\n", " ") for line in head), body])
+    body = str(page["text"]).replace("\r\n", "\n").replace("\r", "\n").replace("\n", "\n  ")
+    return "\n".join([*(" ".join(line.split()) for line in head), f"  {body}"])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-STALL, DROP = "stall", "drop"
+STALL, DROP, DRIP, HALF = "stall", "drop", "drip", "half"
+"""No answer; no connection; a good answer, one byte at a time and for ever; half an answer, then no connection."""
 Answer = tuple[int, dict[str, str], str]
 Handler = Callable[[dict[str, Any], int], Answer | str]
-"""Request body and the number of completions asked before -> (status, headers, body), or STALL, or DROP."""
+"""Request body and the number of completions asked before -> (status, headers, body), or one of the above."""
+CONTROL = "The second text:"
+"""Stands in control requests only."""
 
 
 def completion(text: str | None, finish_reason: str = "stop", **extra: Any) -> Answer:
@@ -24,6 +28,24 @@ def completion(text: str | None, finish_reason: str = "stop", **extra: Any) -> A
 def verdict(value: Any, reasons: str = "because") -> Answer:
     """A reply in the form our prompts ask for."""
     return completion(json.dumps({"reasons": reasons, "verdict": value}))
+
+
+def is_control(body: dict[str, Any]) -> bool:
+    return CONTROL in body["messages"][1]["content"]
+
+
+def controlled(handler: Handler) -> Handler:
+    """The same handler, but control requests are answered well and not counted among the others."""
+    controls = 0
+
+    def handle(body: dict[str, Any], n: int) -> Answer | str:
+        nonlocal controls
+        if is_control(body):
+            controls += 1
+            return verdict({"same": True})
+        return handler(body, n - controls)
+
+    return handle
 
 
 def failure(status: int, **headers: str) -> Answer:
@@ -41,15 +63,17 @@ class Endpoint:
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    """What the judge was asked to read, control requests left out."""
     most_in_flight: int = 0
     in_flight: int = 0
 
 
 @asynccontextmanager
 async def serve(
-    handler: Handler, models: tuple[int, list[str]] = (200, ["judge"]), delay_s: float = 0.0
+    handler: Handler, models: tuple[int, list[str]] = (200, ["judge"]), delay_s: float | tuple[float, float] = 0.0
 ) -> AsyncIterator[Endpoint]:
-    """Serve on a free loopback port until the block ends."""
+    """Serve on a free loopback port until the block ends. `delay_s`: of every answer; two values: drawn between them."""
     endpoint = Endpoint()
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -63,13 +87,25 @@ async def serve(
                 elif lines[0].startswith("POST /v1/chat/completions"):
                     endpoint.requests.append(json.loads(body))
                     endpoint.headers.append(headers)
+                    if not is_control(endpoint.requests[-1]):
+                        endpoint.texts.append(endpoint.requests[-1]["messages"][1]["content"])
                     endpoint.in_flight += 1
                     endpoint.most_in_flight = max(endpoint.most_in_flight, endpoint.in_flight)
                     answer = handler(endpoint.requests[-1], len(endpoint.requests) - 1)
-                    await asyncio.sleep(3600 if answer == STALL else delay_s)
+                    own_s = delay_s if isinstance(delay_s, int | float) else random.uniform(*delay_s)
+                    await asyncio.sleep(3600 if answer == STALL else own_s)
                     endpoint.in_flight -= 1
                 else:
                     answer = failure(404)
+                if answer == DRIP:
+                    writer.write(b"HTTP/1.1 200 X\r\ncontent-length: 1000000\r\n\r\n")
+                    while True:
+                        writer.write(b" ")
+                        await writer.drain()
+                        await asyncio.sleep(0.02)
+                if answer == HALF:
+                    writer.write(b'HTTP/1.1 200 X\r\ncontent-length: 1000\r\n\r\n{"choices": [')
+                    await writer.drain()
                 if isinstance(answer, str):
                     return
                 status, extra, text = answer

@@ -7,6 +7,7 @@ answers that the prompt shows. Its rules, all on words after lower-casing and wi
 - outcome: the answer is the marked one if it is short, else the section "Exact Answer", else the message itself when it is short;
   it is right when it equals a reference answer.
 - carr_identify: <E0> is that answer; any other label is whatever word the message puts in the label's place in a statement.
+- control: any two texts mean the same.
 - carr_support: a statement holds when every word of it, save for common verbs, stands on one of the pages.
 A request it does not know is answered with status 400. What it was asked is counted by prompt in `asked` and at `/stats`.
 """
@@ -88,10 +89,15 @@ def support(fields: Mapping[str, str]) -> Verdict:
     return f"{'; '.join(reasons) or 'All statements stand on a page'}.", holds
 
 
+def control(fields: Mapping[str, str]) -> Verdict:
+    return "Both texts were read.", {"same": True}
+
+
 RULES: tuple[tuple[str, frozenset[str], Callable[[Mapping[str, str]], Verdict]], ...] = (
     ("outcome", frozenset({"question", "message", "answer", "answers"}), outcome),
     ("carr_identify", frozenset({"rubrics", "labels", "message"}), identify),
     ("carr_support", frozenset({"statements", "pages"}), support),
+    ("control", frozenset({"first", "second"}), control),
 )
 
 
@@ -221,9 +227,12 @@ def _handler(owner: ChatServer, model: str) -> type[BaseHTTPRequestHandler]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A local judge behind the OpenAI chat interface; it judges by rules.")
     parser.add_argument("--port", type=int, default=8000)
-    arguments = parser.parse_args(argv)
-    with ChatServer(arguments.port) as server:
-        print(f"{server.url} (model {MODEL}); /stats counts requests", flush=True)
+    parser.add_argument(
+        "--served-model-name", default=MODEL, help="as `vllm serve` has it, whose other arguments do nothing"
+    )
+    arguments, _ = parser.parse_known_args(argv)
+    with ChatServer(arguments.port, arguments.served_model_name) as server:
+        print(f"{server.url} (model {arguments.served_model_name}); /stats counts requests", flush=True)
         try:
             server.join()
         except KeyboardInterrupt:

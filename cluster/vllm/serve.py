@@ -1,0 +1,38 @@
+"""A judge engine's child process: `python -m cluster.vllm.serve MODEL ...` is `vllm serve MODEL ...` that does not outlive its parent.
+
+Invariant: when the process that started it is gone, its whole process group ends; the parent starts it in a group of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+_GRACE_S = 10.0
+
+
+def main() -> None:
+    """Serves until it is ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(0, signal.SIGTERM)
+        time.sleep(_GRACE_S)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="gumshoe-parent-watch", daemon=True).start()
+    from vllm.entrypoints.cli.main import main as vllm
+
+    sys.argv = ["vllm", "serve", *sys.argv[1:]]
+    vllm()
+
+
+if __name__ == "__main__":
+    main()

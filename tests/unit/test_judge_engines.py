@@ -1,0 +1,61 @@
+"""Judge engines without Ray and without vLLM: the actor's class around a child that speaks the same protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from typing import Any
+
+import pytest
+
+from agents.types import Status, Task
+from cluster.judges import JudgeEngine, hosted, place
+from rewards.judges.base import JudgeConfig, JudgeError, make_judge
+from rewards.outcome import outcome_request
+from tests.support.reward_cases import rollout
+
+CHILD = (sys.executable, "-m", "tests.support.chat_server")
+REQUEST = outcome_request(Task("t", "Capital of France?", ("Paris",)), rollout("## Exact Answer\nParis"))
+
+
+def config(**options: Any) -> JudgeConfig:
+    return JudgeConfig(**({"kind": "vllm", "model": "models/judge", "num_gpus": 0.0, "start_s": 60.0} | options))
+
+
+async def test_an_engine_starts_judges_and_ends() -> None:
+    engine = JudgeEngine(config(), CHILD)
+    early = await engine.ask(REQUEST)
+    assert (early.status, early.cause) == (Status.unavailable, "judge_engine_starting")
+    assert (await engine.pulse())[0] == "its engine to start"
+    assert await engine.ready() == os.getpid() and (await engine.pulse())[0] == ""
+    replies = await asyncio.gather(engine.ask(REQUEST), engine.ask(REQUEST))
+    assert all(
+        r.status is Status.ok and r.value["correct"] and r.prompt_hash.endswith("@models/judge") for r in replies
+    )
+    assert (await engine.stats())["requests"] == 1
+    child = engine._child.pid
+    await engine.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert not engine._log.exists()
+
+
+async def test_an_engine_that_does_not_start_is_one_line() -> None:
+    engine = JudgeEngine(config(), (sys.executable, "-c", "raise ValueError('no such checkpoint: models/judge')"))
+    with pytest.raises(
+        JudgeError, match=r"the judge engine for models/judge did not start: .*; mend judge.model or judge.engine_args"
+    ):
+        await engine.ready()
+    await engine.close()
+    slow = JudgeEngine(config(start_s=0.5), (sys.executable, "-c", "import time; time.sleep(60)"))
+    with pytest.raises(JudgeError, match=r"was not up within judge.start_s=0.5"):
+        await slow.ready()
+    await slow.close()
+
+
+def test_only_hosted_judges_need_engines() -> None:
+    assert place(JudgeConfig()) == [] and hosted(JudgeConfig(), []) is None
+    assert place(config(replay="traffic.jsonl")) == []
+    with pytest.raises(JudgeError, match=r"judge.kind vllm needs engines, which a training run hosts"):
+        make_judge(config())

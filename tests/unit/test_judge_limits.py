@@ -1,0 +1,312 @@
+"""Limits, breaker, blame and the pause of a run: on a clock that the test turns."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.types import JudgeReply, JudgeRequest, Status, Task
+from rewards.judges.base import JudgeConfig, make_judge
+from rewards.judges.breaker import COINCIDENCE, Breaker, Odds
+from rewards.judges.chat import ChatJudge
+from rewards.judges.health import MaskConfig, MaskMonitor
+from rewards.judges.limits import Bucket, Limits
+from rewards.judges.pool import JudgePool
+from rewards.outcome import outcome_request
+from tests.support.chat_double import DROP, Answer, completion, failure, is_control, serve, verdict
+from tests.support.reward_cases import rollout
+
+RIGHT = {"extracted_answer": "Paris", "correct": True}
+
+
+class Time:
+    """A clock that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def request(number: int) -> JudgeRequest:
+    return outcome_request(Task("t", f"Question {number}?", ("Paris",)), rollout("## Exact Answer\nParis"))
+
+
+# ------------------------------------------------------------------------------------------------------------ bucket
+
+
+def test_bucket_by_hand() -> None:
+    """60 a minute: 6 at once, then 54 a minute, so that no minute sees more than 60."""
+    clock = Time()
+    bucket = Bucket(60, clock)
+    assert [bucket.take(1) for _ in range(8)] == pytest.approx([0, 0, 0, 0, 0, 0, 1 / 0.9, 2 / 0.9])
+    clock.now += 60
+    assert bucket.take(1) == 0
+    bucket.give_back(-10)  # the reply took 10 more than was thought
+    assert bucket.take(1) == pytest.approx((1 - (5 - 10)) / 0.9)
+
+
+@given(
+    st.integers(2, 300),
+    st.lists(st.tuples(st.floats(0, 5), st.floats(0.01, 1)), min_size=1, max_size=80),
+)
+def test_no_minute_sees_more_than_the_limit(limit: int, asks: list[tuple[float, float]]) -> None:
+    """Whatever comes when, as long as nobody alone asks for more than a tenth of a minute; first come, first served."""
+    clock = Time()
+    bucket = Bucket(limit, clock)
+    begun: list[tuple[float, float]] = []
+    for pause_s, share in asks:
+        clock.now += pause_s
+        amount = share * max(1.0, limit / 10)
+        begun.append((clock.now + bucket.take(amount), amount))
+    assert [at for at, _ in begun] == sorted(at for at, _ in begun)
+    for at, _ in begun:
+        assert sum(amount for other, amount in begun if at <= other < at + 59.999) <= limit * (1 + 1e-6)
+
+
+async def test_who_gives_up_returns_what_was_reserved() -> None:
+    limits = Limits(concurrency=4, requests_per_minute=0, tokens_per_minute=600)
+    async with limits.room(60):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05), limits.room(10_000):
+                pass
+    assert limits._tokens is not None and limits._tokens.take(0) < 1
+
+
+async def test_a_control_request_waits_for_nobody() -> None:
+    """Else a long queue would look like a dead judge."""
+    limits = Limits(concurrency=1, requests_per_minute=10, tokens_per_minute=10)
+    async with limits.room(1000), asyncio.timeout(1), limits.room(1000, urgent=True):
+        pass
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05), limits.room(1):
+            pass
+
+
+async def test_tokens_are_estimated_then_corrected() -> None:
+    """Replies that cost more than was thought slow the next requests down."""
+    dear = completion('{"reasons": "r", "verdict": {"extracted_answer": "Paris", "correct": true}}', usage={"prompt_tokens": 900, "completion_tokens": 4100})  # fmt: skip
+    async with serve(lambda body, n: dear) as endpoint:
+        judge = ChatJudge(JudgeConfig(kind="chat", base_url=endpoint.url, model="judge", tokens_per_minute=6000, deadline_s=1.0, price_in=2.0, price_out=10.0))  # fmt: skip
+        assert (await judge.ask(request(0))).status is Status.ok
+        late = await judge.ask(request(1))
+        assert (late.status, late.cause) == (Status.unavailable, "judge_deadline") and len(endpoint.requests) == 1
+        stats = judge.stats()
+        await judge.close()
+    assert (stats["tokens_in"], stats["tokens_out"]) == (900, 4100)
+    assert stats["cost"] == pytest.approx((900 * 2.0 + 4100 * 10.0) / 1e6)
+
+
+async def test_requests_per_minute() -> None:
+    async with serve(lambda body, n: verdict(RIGHT)) as endpoint:
+        judge = ChatJudge(JudgeConfig(kind="chat", base_url=endpoint.url, model="judge", requests_per_minute=600))
+        began = time.monotonic()
+        await asyncio.gather(*(judge.ask(request(i)) for i in range(65)))
+        took_s = time.monotonic() - began
+        await judge.close()
+    assert took_s >= 5 / 9  # 60 at once, then 9 a second
+
+
+# ----------------------------------------------------------------------------------------------------------- breaker
+
+
+def breaker(clock: Time, **options: Any) -> Breaker:
+    return Breaker(JudgeConfig(**({"breaker_failures": 3, "breaker_s": 10.0} | options)), clock)
+
+
+def test_breaker_opens_probes_and_closes() -> None:
+    clock = Time()
+    b = breaker(clock)
+    for arrived in (False, False, True, False, False):
+        b.note(arrived)
+    assert not b.suspect, "an answer in between"
+    b.note(False)
+    assert b.suspect and not b.open, "a control request has to fail first"
+    b.decide(control_answered=False)
+    assert b.open and not b.due and b.num_opened == 1
+    waits = []
+    for _ in range(6):
+        began = clock.now
+        while not b.due:
+            clock.now += 1
+        waits.append(clock.now - began)
+        b.decide(control_answered=False)
+    assert waits == [10, 20, 40, 80, 80, 80] and b.num_opened == 1
+    clock.now += 80
+    b.decide(control_answered=True)
+    assert not b.open and not b.suspect
+
+
+def test_breaker_looks_at_the_share_too() -> None:
+    b = breaker(Time(), breaker_failures=100, breaker_share=0.5)
+    for i in range(40):
+        b.note(i % 5 > 2)
+    assert b.suspect
+    good = breaker(Time(), breaker_failures=100, breaker_share=0.5)
+    for i in range(40):
+        good.note(i % 5 > 1)
+    assert not good.suspect
+
+
+def test_odds_by_hand() -> None:
+    """Three failures against nine usable replies to others: (0.5 / 10) ** 3."""
+    clock = Time()
+    odds = Odds(clock)
+    odds.note("text", False)
+    for _ in range(9):
+        odds.note("others", True)
+    assert odds.coincidence(3, "text") == pytest.approx(0.05**3) and odds.coincidence(3, "others") > 0.1
+    assert (
+        odds.answered_since(999, "text")
+        and not odds.answered_since(1001, "text")
+        and not odds.answered_since(999, "others")
+    )
+    clock.now += 1000
+    assert odds.coincidence(3, "text") == 0.125, "what is long ago says nothing"
+
+
+@given(st.floats(0, 0.5), st.integers(1, 10))
+def test_a_text_is_not_blamed_for_what_happens_to_all(rate: float, failures: int) -> None:
+    """By construction: whoever is blamed failed so often that it is a coincidence at under COINCIDENCE."""
+    odds = Odds(Time())
+    for i in range(200):
+        odds.note("others", int((i + 1) * rate) == int(i * rate))
+    assert odds.coincidence(failures, "text") >= COINCIDENCE or rate**failures < COINCIDENCE
+
+
+async def test_an_open_breaker_fails_at_once_and_one_control_closes_it() -> None:
+    dead = True
+
+    def handler(body: dict[str, Any], n: int) -> Answer | str:
+        return DROP if dead else verdict({"same": True} if is_control(body) else RIGHT)
+
+    async with serve(handler) as endpoint:
+        config = JudgeConfig(kind="chat", base_url=endpoint.url, model="judge", max_retries=1, backoff_s=0.01, breaker_failures=4, breaker_s=0.5)  # fmt: skip
+        judge = make_judge(config)
+        for i in range(3):
+            assert (await judge.ask(request(i))).cause == ("judge_unreachable" if i < 2 else "judge_circuit_open")
+        asked = len(endpoint.requests)
+        replies = await asyncio.gather(*(judge.ask(request(10 + i)) for i in range(50)))
+        assert {(r.status, r.cause) for r in replies} == {(Status.unavailable, "judge_circuit_open")}
+        assert len(endpoint.requests) == asked, "nobody is asked while it is open"
+        assert judge.stats()["breaker_opened"] == 1 and judge.stats()["judge_circuit_open"] == 51
+        dead = False
+        await asyncio.sleep(0.6)
+        replies = await asyncio.gather(*(judge.ask(request(100 + i)) for i in range(10)))
+        assert all(r.status is Status.ok for r in replies) and judge.stats()["breaker_open"] == 0
+        assert sum(is_control(r) for r in endpoint.requests) == 2, "the one that opened it, the one that closed it"
+        await judge.close()
+
+
+async def test_texts_that_break_the_judge_do_not_close_it_to_others() -> None:
+    def handler(body: dict[str, Any], n: int) -> Answer | str:
+        text = body["messages"][1]["content"]
+        return failure(500) if "Question 1" in text else verdict({"same": True} if is_control(body) else RIGHT)
+
+    async with serve(handler) as endpoint:
+        config = JudgeConfig(kind="chat", base_url=endpoint.url, model="judge", backoff_s=0.01, breaker_failures=4)
+        judge = make_judge(config)
+        bad = await asyncio.gather(*(judge.ask(request(i)) for i in range(10, 20)))
+        good = await asyncio.gather(*(judge.ask(request(i)) for i in range(2, 9)))
+        stats = judge.stats()
+        await judge.close()
+    assert {r.status for r in bad} == {Status.unjudgeable} and {r.status for r in good} == {Status.ok}
+    assert stats["breaker_opened"] == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- pool
+
+
+class Fixed:
+    """A judge that always says the same."""
+
+    def __init__(self, status: Status) -> None:
+        self.status, self.asked = status, 0
+
+    async def ask(self, request: JudgeRequest) -> JudgeReply:
+        self.asked += 1
+        await asyncio.sleep(0)
+        return JudgeReply(self.status, cause="" if self.status is Status.ok else "x")
+
+    async def check(self) -> None: ...
+
+    def stats(self) -> dict[str, float]:
+        return {"asked": float(self.asked)}
+
+    async def close(self) -> None: ...
+
+
+async def test_pool_spreads_the_work_and_passes_over_the_dead() -> None:
+    dead, well, more = Fixed(Status.unavailable), Fixed(Status.ok), Fixed(Status.ok)
+    pool = JudgePool([dead, well, more])
+    replies = await asyncio.gather(*(pool.ask(request(i)) for i in range(30)))
+    assert all(r.status is Status.ok for r in replies) and min(well.asked, more.asked) >= 10
+    assert pool.stats() == {"asked": float(dead.asked + 30)}
+    assert (await JudgePool([dead]).ask(request(0))).status is Status.unavailable
+    broken = Fixed(Status.unjudgeable)
+    await JudgePool([broken, broken]).ask(request(0))
+    assert broken.asked == 1, "what one could not judge is not carried to the next"
+
+
+# ------------------------------------------------------------------------------------------------------------- pause
+
+
+def test_masked_rollouts_pause_the_run_and_a_probe_ends_it() -> None:
+    clock = Time()
+    m = MaskMonitor(MaskConfig(probe_s=30), clock)
+    for i in range(20):
+        assert m.see(f"a{i}", [""] * 8) == "" and m.may_begin()
+    line = m.see("b0", ["judge_timeout"] * 8) or m.see("b1", ["judge_timeout", *[""] * 7])
+    assert line == (
+        "the run pauses: 9 of the last 176 rollouts were masked by judge_timeout, more than 5%; a rollout every 30 s tries whether it is over"
+    )
+    assert not m.may_begin() and m.paused == "judge_timeout"
+    assert m.see("in flight", [""] * 8) == "" and not m.may_begin(), "what began before says nothing about now"
+    clock.now += 30
+    assert m.may_begin()
+    m.began("p0")
+    assert not m.may_begin(), "one at a time"
+    assert m.see("p0", ["judge_timeout"] * 8) == ""
+    clock.now += 59
+    assert not m.may_begin(), "the pause between probes has doubled"
+    clock.now += 1
+    m.began("p1")
+    assert m.see("p1", [""] * 8) == "the run goes on after 90 s: judge_timeout is over" and m.may_begin()
+    assert m.row() == {"masked_total/judge_timeout": 17.0, "masked_total/paused_s": 90.0}
+
+
+def test_a_mixed_trickle_does_not_pause() -> None:
+    """Five per cent is of one cause; several causes that stay below are normal wear."""
+    m = MaskMonitor(MaskConfig(), Time())
+    for i in range(200):
+        assert m.see(f"l{i}", ["a" if i % 4 == 0 else "b" if i % 4 == 1 else "", *[""] * 7]) == ""
+
+
+@given(st.lists(st.lists(st.sampled_from(["", "", "", "a", "b"]), min_size=1, max_size=8), max_size=60))
+def test_every_masked_rollout_is_counted_once(leases: list[list[str]]) -> None:
+    m = MaskMonitor(MaskConfig(min_rollouts=10, window=40), Time())
+    for i, causes in enumerate(leases):
+        if m.may_begin():
+            m.began(str(i))
+        m.see(str(i), causes)
+    flat = [cause for causes in leases for cause in causes]
+    assert m.totals == {cause: flat.count(cause) for cause in ("a", "b") if cause in flat}
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"max_share": 0}, "mask.max_share 0 is outside"),
+        ({"min_rollouts": 500}, "mask.min_rollouts 500"),
+        ({"probe_s": 0}, "mask.probe_s 0"),
+    ],
+)
+def test_bad_mask_config_is_one_line(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        MaskConfig(**options).check()
