@@ -7,7 +7,9 @@ with `<E0>`. A rollout's own entities are used, never the gold ones.
 Invariants:
 - R_r is in [0, 1], never falls when more rubrics are supported, does not depend on how entities are called, and is 0 when `<E0>` is
   not named (with identification and connectivity on, as in the paper).
-- A judge that cannot be reached masks the rollout; a reply that cannot be used scores R_r = 0.
+- A judge that cannot be reached masks the rollout; a reply that cannot be used scores R_r = 0, whatever other calls said.
+- Evidence beyond `evidence_tokens` is judged in chunks, and every chunk is read: a rubric is supported when some chunk supports it, or
+  when the parts of all chunks that bear on it do so together.
 - `parts` holds outcome and rubric; C-GRPO's reward is computed from them over the group (`agents.advantages`).
 """
 
@@ -22,8 +24,8 @@ from agents.interfaces import Judge, Reward, Services
 from agents.text import connected, cut_references, fill, normalize_answer, placeholders
 from agents.types import Group, JudgeReply, JudgeRequest, Status, Task, Trajectory, Verdict
 from rewards.config import RewardConfig
-from rewards.evidence import Evidence, Page, gather
-from rewards.outcome import Part, judge_outcome, to_verdict, void_verdict
+from rewards.evidence import Evidence, Page, bearing, chunks, gather, num_tokens
+from rewards.outcome import Part, credit_entities, judge_outcome, to_verdict, void_verdict
 
 PARTS = (
     "outcome",
@@ -42,6 +44,8 @@ NOBODY = frozenset(
     {"", "unknown", "na", "null", "none", "nil", "not stated", "not named", "not specified", "unspecified"}
 )
 """Identities that name nobody, after normalisation. A judge should say null; these never count as names."""
+MAX_NAME = 500
+"""Characters of an identity. What is longer is no name."""
 
 
 def carr(config: RewardConfig) -> Reward:
@@ -62,9 +66,10 @@ def carr(config: RewardConfig) -> Reward:
             judged = [i for i in live if outcomes[i].status is not Status.unavailable]
             parts = await asyncio.gather(*(judge_rubrics(group.task, members[i], judge, config) for i in judged))
             rubrics = dict(zip(judged, parts, strict=True))
-        return [
+        verdicts = [
             void if void is not None else _verdict(outcomes[i], rubrics.get(i), config) for i, void in enumerate(voids)
         ]
+        return credit_entities(group, verdicts, config)
 
     return score
 
@@ -94,9 +99,32 @@ async def judge_rubrics(task: Task, trajectory: Trajectory, judge: Judge, config
     if not any(page.text for page in evidence.pages):
         state.note("support", "the message cites no page that the rollout saw")
     elif state.identified:
-        reply = await judge.ask(support_request(task, state.statements(), state.values, evidence.pages))
-        state.take_support(reply)
+        await _judge_support(state, judge, config.evidence_tokens)
     return state.part()
+
+
+async def _judge_support(state: _State, judge: Judge, budget: int) -> None:
+    """Step 2 over all chunks of the evidence; then, for each statement that none supports, over the parts that bear on it."""
+    statements, pages = state.statements(), state.evidence.pages
+    room = max(budget - num_tokens("".join(statements.values())), budget // 2)
+    dealt = chunks(pages, room)
+    asked: list[tuple[list[int], Sequence[Page]]] = [(list(statements), chunk) for chunk in dealt]
+    while asked and state.status is Status.ok:
+        state.num_calls += len(asked)
+        requests = [
+            support_request(state.task, {i: statements[i] for i in which}, state.values, on) for which, on in asked
+        ]
+        replies = await asyncio.gather(*(judge.ask(request) for request in requests))
+        state.take_support([(which, reply) for (which, _), reply in zip(asked, replies, strict=True)])
+        if len(dealt) == 1 or state.num_calls > len(dealt):
+            return
+        left = [i for i in statements if i not in state.supported]
+        spread = ((i, bearing(statements[i], pages, room)) for i in left)
+        asked = [([i], on) for i, on in spread if on and not any(_within(on, chunk) for chunk in dealt)]
+
+
+def _within(parts: Sequence[Page], chunk: Sequence[Page]) -> bool:
+    return all(any(p.number == whole.number and p.text in whole.text for whole in chunk) for p in parts)
 
 
 class _State:
@@ -109,6 +137,7 @@ class _State:
         self.values: dict[str, str | None] = dict.fromkeys(self.labels)
         self.identified: list[int] = []
         self.supported: set[int] = set()
+        self.num_calls = 0
         self.status, self.cause = Status.ok, ""
         self.notes: list[dict[str, Any]] = []
         self.prompts: dict[str, str] = {}
@@ -143,10 +172,17 @@ class _State:
         """Rubric index -> filled statement, of the identified rubrics."""
         return {i: fill(self.task.rubrics[i], self.values) for i in self.identified}
 
-    def take_support(self, reply: JudgeReply) -> None:
-        value = read_support(reply.value, len(self.identified)) if reply.status is Status.ok else None
-        if self._accept("support", reply, value) and value is not None:
-            self.supported = {i for i, holds in zip(self.identified, value, strict=True) if holds}
+    def take_support(self, replies: Sequence[tuple[list[int], JudgeReply]]) -> None:
+        """Adds what some reply supports. One reply that cannot be used spoils all; else one that nobody gave masks."""
+        failed: dict[Status, str] = {}
+        for which, reply in replies:
+            value = read_support(reply.value, len(which)) if reply.status is Status.ok else None
+            if self._accept("support", reply, value) and value is not None:
+                self.supported.update(i for i, holds in zip(which, value, strict=True) if holds)
+            else:
+                failed.setdefault(self.status, self.cause)
+        worst = next((s for s in (Status.unjudgeable, Status.unavailable) if s in failed), Status.ok)
+        self.status, self.cause = worst, failed.get(worst, "")
 
     def part(self) -> Part:
         counted = self.supported
@@ -191,6 +227,7 @@ class _State:
             "pages": [{"number": p.number, "doc_id": p.doc_id, "title": p.title} for p in self.evidence.pages],
             "unseen": list(self.evidence.unseen),
             "over_cap": list(self.evidence.over_cap),
+            "support_calls": self.num_calls,
         }
 
 
@@ -212,7 +249,7 @@ def label_list(rubrics: Sequence[str]) -> list[str]:
 def read_identities(value: Any, labels: Sequence[str]) -> dict[str, str | None] | None:
     """A judge's identities, or None when the reply is unusable: keys other than the labels, values not string or null.
 
-    Strings that name nobody (empty, `unknown`, `N/A`, `null`, `none`, a placeholder) count as null.
+    Strings that name nobody (empty, `unknown`, `N/A`, `null`, `none`, a placeholder, a whole paragraph) count as null.
     """
     if not isinstance(value, Mapping) or set(value) != set(labels):
         return None
@@ -222,7 +259,7 @@ def read_identities(value: Any, labels: Sequence[str]) -> dict[str, str | None] 
 
 
 def _name(found: str | None) -> str | None:
-    if found is None or placeholders(found) or normalize_answer(found) in NOBODY:
+    if found is None or len(found) > MAX_NAME or placeholders(found) or normalize_answer(found) in NOBODY:
         return None
     return " ".join(found.split())
 

@@ -5,18 +5,19 @@ Invariants:
   asked. A judge nobody could reach masks; a judge whose reply cannot be used gives 0.
 - A task without answers is unanswerable: a refusal is right, anything else wrong; no judge is needed.
 
-Sources: exact match and F1 as Search-R1 (spec 5); judged outcome as CaRR (spec 3.0), with a structured reply.
+Sources: exact match and F1 as Search-R1 (spec 5); judged outcome as CaRR (spec 3.0), with a structured reply; credit for entities as
+E-GRPO (arXiv 2510.24694; inferred from CaRR's account of it as a baseline: how that was implemented is not published).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agents.interfaces import Judge, Reward, Services
-from agents.text import cut_references, exact_match, f1, is_refusal
+from agents.text import cut_references, exact_match, f1, is_refusal, ngrams, words
 from agents.types import Group, JudgeReply, JudgeRequest, Status, StopReason, Task, Trajectory, Verdict
 from rewards.config import RewardConfig
 
@@ -124,9 +125,44 @@ def outcome(config: RewardConfig) -> Reward:
             part = await judge_outcome(group.task, trajectory, services.judge, config.outcome)
             return to_verdict(part.value, {"outcome": part}, part.metrics)
 
-        return list(await asyncio.gather(*(one(t) for t in group.trajectories)))
+        return credit_entities(group, await asyncio.gather(*(one(t) for t in group.trajectories)), config)
 
     return score
+
+
+def gold_entities(task: Task) -> list[str]:
+    """The hidden entities of a task, where they are known: `entities` of its oracle or of its meta, by label or as a list."""
+    found = (task.oracle or {}).get("entities") or task.meta.get("entities") or ()
+    return [str(name) for name in (found.values() if isinstance(found, Mapping) else found)]
+
+
+def entity_share(task: Task, trajectory: Trajectory) -> float:
+    """Share of the gold entities that the policy names, as whole words, in its thoughts or its final message; 0 when none is known."""
+    names = {tuple(words(name)) for name in gold_entities(task)} - {()}
+    actions = [turn.action for turn in trajectory.turns if turn.action]
+    texts = [words(text) for action in actions for text in (action.thought, action.message)]
+    found = [name for name in names if any(name in ngrams(text, len(name)) for text in texts)]
+    return len(found) / len(names) if names else 0.0
+
+
+def credit_entities(group: Group, verdicts: Sequence[Verdict], config: RewardConfig) -> list[Verdict]:
+    """Under `reward.reward: entity`: 1 for a right answer, else ratio * share / best share of the group; part `entities` is the share.
+
+    Ill-formed and over-long rollouts keep 0; they and masked ones are no part of the maximum. Otherwise the verdicts stay as they are.
+    """
+    if config.reward != "entity":
+        return list(verdicts)
+    pairs = zip(group.trajectories, verdicts, strict=True)
+    shares = [0.0 if void_cause(t) or v.masked else entity_share(group.task, t) for t, v in pairs]
+    best = max(shares, default=0.0)
+    return [
+        v if v.masked else replace(
+            v,
+            reward=1.0 if v.parts.get("outcome", 0.0) > 0 else config.rubric_ratio * share / best if best else 0.0,
+            parts={**v.parts, "entities": share},
+        )
+        for v, share in zip(verdicts, shares, strict=True)
+    ]  # fmt: skip
 
 
 def to_verdict(reward: float, parts: Mapping[str, Part], metrics: Mapping[str, float]) -> Verdict:

@@ -86,6 +86,32 @@ async def test_f1_pays_for_overlap() -> None:
         make_reward(RewardConfig(name="carr", outcome="f1"))
 
 
+FOUND = Task("e", "Who?", ("Gupezo",), oracle={"entities": {"E0": "Gupezo", "E1": "Lomitave", "E2": "Ann Lee"}})
+
+
+async def test_wrong_rollouts_earn_the_entities_they_found_relative_to_the_best() -> None:
+    said = ("I saw Lomitave. ## no", "Lomitave and Ann\nLee met.", "Annlee Lomitaves", "Lomitave, Ann Lee", "Lomitave")
+    answers = ("Ulo", "Ulo", "Ulo", "Gupezo", "Ulo")
+    stops = (None, None, None, None, StopReason.env_failed)
+    made = [rollout(f"{t}\n\n## Exact Answer\n{a}", stop=s) for t, a, s in zip(said, answers, stops, strict=True)]
+    config = RewardConfig(name="outcome", reward="entity", rubric_ratio=0.3)
+    verdicts = await make_reward(config)(group(FOUND, *made), Services())
+    assert [v.parts.get("entities") for v in verdicts] == [1 / 3, 2 / 3, 0.0, 1.0, None]
+    assert [v.reward for v in verdicts[:4]] == [pytest.approx(0.1), pytest.approx(0.2), 0.0, 1.0] and verdicts[4].masked
+    (alone,) = await make_reward(config)(group(FOUND, made[0]), Services())
+    assert alone.reward == pytest.approx(0.3)  # the best of its group
+    (unknown,) = await make_reward(config)(group(TASK, made[0]), Services())
+    assert unknown.reward == unknown.parts["entities"] == 0.0
+
+
+@pytest.mark.parametrize("stop", [StopReason.context_full, StopReason.turn_limit, StopReason.malformed])
+async def test_entities_of_unfinished_rollouts_earn_nothing(stop: StopReason) -> None:
+    lost, plain = rollout("Lomitave, Ann Lee, Gupezo", stop=stop), rollout("Lomitave\n\n## Exact Answer\nUlo")
+    config = RewardConfig(name="outcome", reward="entity")
+    verdicts = await make_reward(config)(group(FOUND, lost, plain), Services())
+    assert [v.reward for v in verdicts] == [0.0, pytest.approx(0.3)]
+
+
 async def test_config_errors_are_one_line() -> None:
     with pytest.raises(ValueError, match=r"reward\.name 'rouge' is unknown; one of outcome, carr"):
         make_reward(RewardConfig(name="rouge"))
