@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from rewards.combine import CombineConfig
+from rewards.guards.master_keys import GuardConfig
+from rewards.nuggets.config import NuggetConfig
+from rewards.seeds import config as seeds
 
 
 @dataclass
@@ -10,19 +15,24 @@ class RewardConfig:
     """What a rollout is rewarded for. Judges have their own config (`rewards.judges.base.JudgeConfig`)."""
 
     name: str = "carr"
-    """`outcome` (is the exact answer right) or `carr` (outcome, and citation rubrics beside it)."""
+    """`outcome` (is the exact answer right), `carr` (outcome, and citation rubrics beside it), or `nugget` (the facts a good
+    answer holds)."""
     outcome: str = "rule"
     """What an answer earns: `rule` (1 for a match with an alias after normalisation), `f1` (best word overlap with an alias, in
     [0, 1]; only with name `outcome`), or `judge` (1 when a judge finds it right)."""
     reward: str = "outcome"
-    """`Verdict.reward`: `outcome`, or `mix` = (1 - rubric_ratio) * outcome + rubric_ratio * rubric, which is what the published
-    reward server returns. Neither is C-GRPO's reward: the advantage `c_grpo` computes that over the group, from parts."""
+    """`Verdict.reward`: `outcome`; `mix` = (1 - rubric_ratio) * outcome + rubric_ratio * rubric, which is what CaRR's published reward
+    server returns; or `entity`, as E-GRPO: 1 when right, else rubric_ratio * share of gold entities found / best share of the group.
+    None of them is C-GRPO's reward: the advantage `c_grpo` computes that over the group, from parts."""
     rubric_ratio: float = 0.3
-    """carr: weight of the rubric part in the mix."""
+    """Weight of the rubric part in the mix, or of the entities in `entity`."""
     citations: str = "lenient"
     """carr: `lenient` takes `[n](target)` anywhere, `strict` only http(s) URLs directly followed by `]` or `,` (paper)."""
     max_cited_pages: int = 20
     """carr: cited pages that may give evidence, in order of citation; a guard against citing everything."""
+    evidence_tokens: int = 48_000
+    """carr: most tokens of pages and statements in one call (three bytes of UTF-8 counted as one). More evidence is judged in several
+    calls, none is cut. The judge's context should hold this and 8,000 more."""
     lazy_rubrics: bool = True
     """carr: judge rubrics only in groups with a correct rollout. C-GRPO's reward is the same and costs less. Without effect
     for the mix. Switch off for advantages that reward rubrics of wrong rollouts."""
@@ -31,13 +41,36 @@ class RewardConfig:
     identification: bool = True
     """carr: rubrics are filled with the entities the answer names (paper); false is the ablation in which placeholders stay
     open, and a statement is supported when it holds for some entity."""
+    nugget: NuggetConfig = field(default_factory=NuggetConfig)
+    """For name `nugget`: values of labels, weights, blocks."""
+    combine: CombineConfig = field(default_factory=CombineConfig)
+    """How parts, also of several rewards, become one number."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is checked before any reward."""
+    r3_rag: seeds.R3RagConfig = field(default_factory=seeds.R3RagConfig)
+    """For name `r3_rag`."""
+    stepsearch: seeds.StepSearchConfig = field(default_factory=seeds.StepSearchConfig)
+    """For name `stepsearch`."""
+    toolrl: seeds.ToolRLConfig = field(default_factory=seeds.ToolRLConfig)
+    """For name `toolrl`."""
+    regularised: seeds.RegularisedConfig = field(default_factory=seeds.RegularisedConfig)
+    """For name `regularised`."""
+    utility: seeds.UtilityConfig = field(default_factory=seeds.UtilityConfig)
+    """For name `utility`."""
+    conduct: seeds.ConductConfig = field(default_factory=seeds.ConductConfig)
+    """For name `conduct`."""
 
     def check(self) -> None:
         """Raises ValueError, one line, for a value outside its range."""
+        from rewards.registry import REWARDS  # the registry imports this file
+
+        for name in self.combine.rewards:
+            if name not in REWARDS:
+                raise ValueError(f"reward.combine.rewards: {name!r} is unknown; one of {', '.join(REWARDS)}")
         for key, allowed in (
-            ("name", ("outcome", "carr")),
+            ("name", tuple(REWARDS)),
             ("outcome", ("rule", "f1", "judge")),
-            ("reward", ("outcome", "mix")),
+            ("reward", ("outcome", "mix", "entity")),
             ("citations", ("lenient", "strict")),
         ):
             if getattr(self, key) not in allowed:
@@ -46,16 +79,29 @@ class RewardConfig:
             raise ValueError(f"reward.rubric_ratio {self.rubric_ratio} is outside [0, 1]")
         if self.max_cited_pages < 1:
             raise ValueError(f"reward.max_cited_pages {self.max_cited_pages} is not positive")
+        if self.evidence_tokens < 256:
+            raise ValueError(f"reward.evidence_tokens {self.evidence_tokens} is below 256, which holds no page")
+        if self.reward == "entity" and (self.outcome == "f1" or self.name not in ("outcome", "carr")):
+            raise ValueError(
+                "reward.reward 'entity' needs right or wrong: set reward.outcome to 'rule' or 'judge', and reward.name to"
+                " 'outcome' or 'carr'"
+            )
         if self.name == "carr" and self.outcome == "f1":
             raise ValueError(
                 "reward.outcome 'f1' is no right or wrong, which the rubrics of 'carr' need: set reward.outcome to 'rule' or"
                 " 'judge', or reward.name to 'outcome'"
             )
-        if self.name == "outcome" and self.reward == "mix":
+        if self.name != "carr" and self.reward == "mix":
             raise ValueError(
                 "reward.reward 'mix' needs rubrics: set reward.name to 'carr', or reward.reward to 'outcome'"
             )
+        self.nugget.check()
+        self.combine.check()
+        self.regularised.check()
+        self.utility.check()
+        self.conduct.check()
 
     @property
     def lazy(self) -> bool:
-        return self.lazy_rubrics and self.reward == "outcome"
+        # A combiner may pay for rubrics of wrong rollouts, as the mix does.
+        return self.lazy_rubrics and self.reward != "mix" and not self.combine.name
