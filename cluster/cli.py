@@ -1,5 +1,4 @@
-"""The command line: `gumshoe train|submit|eval|rollout|warmup|index|serve|world|report|doctor`, and the entry point of Ray jobs
-(`python -m cluster.cli`).
+"""The command line, `gumshoe COMMAND`, and the entry point of Ray jobs (`python -m cluster.cli`).
 
 Invariants: `--help` imports nothing heavy; an error a user can mend is one line on stderr and exit status 2; any other
 goes with its traceback to a file that the one line names, exit status 1 (GUMSHOE_DEBUG=1 prints it); Ctrl-C ends
@@ -89,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--groups", type=int, required=True, metavar="N", help="tasks to play, buffer.group_size times each"
     )
     add("warmup", "make the tiny policy's checkpoint by supervised training", _warmup)
+    add("nuggets", "build nuggets for questions from an index", _nuggets)
     index = add("index", "build the search index of a corpus", _index, config=False)
     index.set_defaults(takes_overrides=True, overrides=[])
     index.add_argument(
@@ -116,6 +116,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     index.add_argument(
         "--dry-run", action="store_true", help="say what it will need and whether that fits (status 2), build nothing"
+    )
+    rubrics = add("rubrics", "make or check the rubrics of a task file's questions", _rubrics, config=False)
+    rubrics.set_defaults(takes_overrides=True)
+    rubrics.add_argument("tasks", metavar="TASKS", help="task file (.jsonl, .jsonl.gz), also in CaRR's form")
+    rubrics.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="such as judge.base_url=http://... judge.model=..."
+    )
+    rubrics.add_argument(
+        "--out", default="", metavar="FILE", help="task file to write (.jsonl); journal and report stand beside it"
+    )
+    rubrics.add_argument("--config", default="", metavar="CONFIG", help="take the judge section of this config")
+    rubrics.add_argument("--rounds", type=int, default=2, metavar="N", help="send faulty drafts back up to N times (2)")
+    rubrics.add_argument("--lenient", action="store_true", help="take what only an estimate finds fault with")
+    rubrics.add_argument(
+        "--check",
+        action="store_true",
+        help="check the rubrics that TASKS holds (status 2 when some are faulty); ask nobody",
     )
     report = add("report", "make the HTML page of a run", _report, config=False)
     report.add_argument("run_dir", metavar="RUN", help="folder of a run, such as runs/demo")
@@ -319,6 +336,20 @@ def _index(args: argparse.Namespace) -> int:
     return index(
         corpus, args.out, config=args.config, overrides=[*given, *args.overrides], kind=args.backend, shards=args.shards,
         dry_run=args.dry_run,
+    )  # fmt: skip
+
+
+def _nuggets(args: argparse.Namespace) -> int:
+    from cluster.nuggets import make_nuggets
+
+    return make_nuggets(args.config, args.overrides)
+
+
+def _rubrics(args: argparse.Namespace) -> int:
+    from cluster.rubrics import rubrics
+
+    return rubrics(
+        args.tasks, args.overrides, out=args.out, config=args.config, rounds=args.rounds, lenient=args.lenient, check=args.check,
     )  # fmt: skip
 
 

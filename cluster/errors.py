@@ -20,6 +20,8 @@ _EXPECTED = {
     "cluster.vllm.segment.SegmentError",
     "envs.jsonl.TaskError",
     "gumshoe.ForeignRoom",
+    "rewards.judges.base.JudgeError",
+    "rewards.judges.templates.PromptError",
 }
 """Errors by full name, so that asking does not import the module. Subclasses count too."""
 

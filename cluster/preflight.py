@@ -144,13 +144,14 @@ def check_settings(config: RunConfig) -> None:
     from agents.curriculum import CURRICULA
     from agents.protocols import PROTOCOLS
     from retrieval.config import KINDS
+    from rewards.registry import NEEDS_LLM
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         raise UserError(f"name {config.name!r} is no folder name; use letters, digits, '.', '_' and '-'")
     for key, value, known in (
         ("curriculum", config.curriculum, CURRICULA), ("protocol.name", config.protocol.name, PROTOCOLS),
         ("model.init", config.model.init, ("pretrained", "random")), ("world.kind", config.world.kind, ("synthetic", "jsonl")),
-        ("retrieval.kind", config.retrieval.kind, KINDS), ("judge.kind", config.judge.kind, ("rule", "chat")),
+        ("retrieval.kind", config.retrieval.kind, KINDS), ("judge.kind", config.judge.kind, ("rule", "chat", "vllm")),
     ):  # fmt: skip
         if value not in known:
             raise UserError(f"{key} is {value!r}; it must be one of {', '.join(sorted(known))}")
@@ -162,6 +163,14 @@ def check_settings(config: RunConfig) -> None:
         raise UserError(
             "advantage.correct_only=false rewards rubrics of wrong rollouts, which need reward.lazy_rubrics=false"
         )
+    if advantage.name in ("c_grpo", "raft") and (config.reward.reward == "entity" or config.reward.combine.name):
+        raise UserError(
+            f"advantage.name={advantage.name} computes its reward from parts and reads neither reward.reward=entity nor reward.combine; "
+            "set advantage.name=grpo"
+        )
+    asked = {config.reward.name, *config.reward.combine.rewards} & NEEDS_LLM
+    if asked and config.judge.kind == "rule":
+        raise UserError(f"reward {min(asked)} needs an LLM: set judge.kind to chat or vllm")
     if config.sampling.max_context > config.engine.max_model_len:
         raise UserError(
             f"sampling.max_context={config.sampling.max_context} is more than the engines take; "
