@@ -18,13 +18,13 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agents.advantages import AdvantageConfig
+from agents.advantages import AdvantageConfig, masked_cause
 from agents.curriculum import CURRICULA, Curriculum
 from agents.recordfile import RecordWriter, read_records
 from agents.types import Group, RecordError, Task
@@ -33,6 +33,9 @@ from cluster.errors import Fenced
 from cluster.journal import Seen
 from cluster.ledger import Counts, Ledger, LedgerError
 from cluster.watchdog import Pulse, pulse_of
+from rewards.judges.health import MaskConfig, MaskMonitor
+from rewards.registry import make_shaper
+from rewards.seeds.shaping import ShaperConfig
 
 NOBODYS_FAULT = frozenset({"worker_lost", "lineage", "lease_lost"})
 """Reasons that say nothing about the task, nor about infrastructure that fails every time."""
@@ -87,6 +90,10 @@ class BufferSetup:
     """Folder that keeps every delivered group; empty: none."""
     about: Mapping[str, Any] | None = None
     """What the recorded groups say of themselves: run, protocol, fingerprints."""
+    shaper: ShaperConfig = field(default_factory=ShaperConfig)
+    """What happens to the rewards of a batch when it ships."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """When masked rollouts pause the run."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,8 @@ class Buffer:
         config = setup.buffer
         self._setup, self._config = setup, config
         self._curriculum = curriculum or CURRICULA[setup.curriculum](read_records(setup.tasks, Task), setup.seed)
+        self._shaper = make_shaper(setup.shaper)
+        self._masks = MaskMonitor(setup.mask)
         self._leases: dict[str, Lease] = {}
         """Every lease that may still be trained, or be taken back by a restore."""
         self._groups: dict[str, tuple[Group, ...]] = {}
@@ -143,7 +152,7 @@ class Buffer:
 
             self._recorder = Recorder(Path(setup.record), setup.about or {})
         episodes = config.groups_per_batch * config.group_size
-        self._initial = {"curriculum": self._curriculum.state(), "pending": [], "spare": {}}
+        self._initial = {"curriculum": self._curriculum.state(), "pending": [], "spare": {}, "shaper": {}}
         self._journal: RecordWriter | None = None
         self._reborn = False
         self._serial = itertools.count()
@@ -182,7 +191,7 @@ class Buffer:
         async with self._changed:
             idle = not any(self._leases[i].worker == worker for i in self._ledger.running_leases() if i in self._leases)
             try:
-                while self._closed or self._ledger.held or self._ledger.capacity <= 0:
+                while self._closed or self._ledger.held or self._ledger.capacity <= 0 or not self._masks.may_begin():
                     left = deadline - time.monotonic()
                     if self._closed or worker in self._gone or left <= 0 or not await self._wait(left):
                         return None
@@ -199,6 +208,7 @@ class Buffer:
             )  # fmt: skip
             self._ledger.admit(lease.id, lease.episodes, task.id)
             self._leases[lease.id] = lease
+            self._masks.began(lease.id)
             return lease
 
     async def put(self, lease_id: str, groups: Sequence[Group]) -> bool:
@@ -214,11 +224,13 @@ class Buffer:
                 return False
             lease = self._leases[lease_id]
             self._tell_spans(lease, groups)
+            self._watch_masks(lease_id, groups)
             if not all(self._descends(group) for group in groups):
                 self._drop_running(lease_id, "lineage")
             elif all(t.verdict is not None and t.verdict.masked for g in groups for t in g.trajectories):
                 self._drop_running(lease_id, _cause(groups))
-                self._note_failure(_cause(groups))
+                if not self._masks.paused:  # a pause waits for what failed, however long that takes
+                    self._note_failure(_cause(groups))
             else:
                 self._failed_in_a_row = 0
                 self._retries.pop(lease.task.id, None)
@@ -336,7 +348,9 @@ class Buffer:
             whole["incarnation"] = float(incarnation)
             self._waited_s = 0.0
             leases = self._ledger.batch_leases()
-            whole.update(self._ledger_row(settled=True))
+            whole.update(self._ledger_row(settled=True) | self._masks.row())
+            if self._shaper is not None:
+                self._shaper.update([g for i in leases for g in self._groups.get(i, ())])
             self._ledger.settle(row=whole)
             if step - self._saved_step > self._config.max_staleness:
                 for lease_id in leases:  # no restore could use them any more
@@ -415,6 +429,8 @@ class Buffer:
             what = f"the learner to train batch {books.step}"
         elif books.version < books.step:
             what = f"the weights of step {books.step} to be published"
+        elif self._masks.paused:
+            what = f"an end of {self._masks.paused}, which masks too many rollouts"
         else:
             ready, running = len(books.ready_leases()), books.running_leases()
             what = f"batch {books.step}, which has {ready} of {batch} groups; {len(running)} leases are running"
@@ -485,11 +501,16 @@ class Buffer:
         """Where the order of tasks stands: the curriculum's own state, and tasks that it has drawn and nobody has trained."""
         drawn = [*self._ledger.running_leases(), *self._ledger.ready_leases()]
         pending = [self._leases[i].task.id for i in drawn if i in self._leases] + [t.id for t in self._again]
-        return {"curriculum": self._curriculum.state(), "pending": pending, "spare": dict(self._spare)}
+        shaper = self._shaper.state() if self._shaper is not None else {}
+        return {
+            "curriculum": self._curriculum.state(), "pending": pending, "spare": dict(self._spare), "shaper": shaper,
+        }  # fmt: skip
 
     def _set_order(self, saved: Mapping[str, Any], at_hand: Sequence[str]) -> None:
         """Inverse of `_order`. Groups of the tasks `at_hand` exist already, so these are not drawn again."""
         self._curriculum.restore(saved["curriculum"])
+        if self._shaper is not None:
+            self._shaper.load_state(saved.get("shaper", {}))
         pending, have = Counter(saved["pending"]), Counter(at_hand)
         self._again = deque(self._curriculum.task(t) for t in (pending - have).elements())
         self._spare = Counter(saved.get("spare", {})) + (have - pending)
@@ -555,12 +576,22 @@ class Buffer:
         groups = [g for lease_id in lease_ids for g in self._groups[lease_id]]
         last = step + 1 >= self._setup.steps or time.time() >= self._setup.ends_at
         batch = make_batch(
-            step, groups, self._setup.advantage, max_staleness=self._config.max_staleness, world_size=world_size, last=last
+            step, self._shaped(groups), self._setup.advantage, max_staleness=self._config.max_staleness, world_size=world_size, last=last
         )  # fmt: skip
         self._ledger.ship(lease_ids, stats=batch.stats)
         judged = {g.task.id: [v.reward for v in g.verdicts if not v.masked] for g in groups}
         self._curriculum.update({task: float(np.mean(rewards)) for task, rewards in judged.items() if rewards})
         return batch
+
+    def _shaped(self, groups: list[Group]) -> list[Group]:
+        return groups if self._shaper is None else self._shaper.shape(groups)
+
+    def _watch_masks(self, lease_id: str, groups: Sequence[Group]) -> None:
+        if line := self._masks.see(lease_id, [masked_cause(m) for g in groups for m in g.members]):
+            self._say(line)
+        if self._masks.paused:
+            self._since = time.time()  # the run waits on purpose, and this is a sign of life
+            self._rows.append({"kind": "pause", "step": self._ledger.step, "time": self._since})
 
     def _ledger_row(self, *, settled: bool = False) -> dict[str, float]:
         """The books for the log; `settled`: as they will stand once what is in the batch is trained."""

@@ -62,7 +62,7 @@ def checks(config: RunConfig) -> Iterator[Check]:
     """Every check of a run, the cheap ones first; what another check needs in order to make sense is asked for here."""
     sections = (
         config.reward, config.judge, config.sampling, config.advantage, config.learner, config.buffer, config.fleet, config.rollout,
-        config.train,
+        config.train, config.shaper, config.mask,
     )  # fmt: skip
     yield from (partial(check_section, section) for section in sections)
     yield partial(check_settings, config)
@@ -163,9 +163,14 @@ def check_settings(config: RunConfig) -> None:
         raise UserError(
             "advantage.correct_only=false rewards rubrics of wrong rollouts, which need reward.lazy_rubrics=false"
         )
-    if advantage.name in ("c_grpo", "raft") and (config.reward.reward == "entity" or config.reward.combine.name):
+    unread = {
+        "reward.reward=entity": config.reward.reward == "entity",
+        "reward.combine": config.reward.combine.name,
+        "shaper": config.shaper.name,
+    }
+    if advantage.name in ("c_grpo", "raft") and any(unread.values()):
         raise UserError(
-            f"advantage.name={advantage.name} computes its reward from parts and reads neither reward.reward=entity nor reward.combine; "
+            f"advantage.name={advantage.name} computes its reward from parts and does not read {next(k for k, v in unread.items() if v)}; "
             "set advantage.name=grpo"
         )
     asked = {config.reward.name, *config.reward.combine.rewards} & NEEDS_LLM

@@ -32,6 +32,7 @@ from cluster.record import Recording
 from cluster.replayplan import alone, check, check_recording
 from cluster.sizes import needs
 from cluster.watchdog import Pulse, pulse_of
+from rewards.registry import make_shaper
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
@@ -46,6 +47,8 @@ class _Made(NamedTuple):
     cursor: int
     episodes: int
     dropped: int
+    groups: list[Group]
+    """As they were recorded; kept for a shaper that learns from them."""
 
 
 class Replay:
@@ -55,6 +58,7 @@ class Replay:
         self._setup = setup
         self._recording = Recording(source)
         check_recording(self._recording, setup.advantage, setup.buffer.groups_per_batch)
+        self._shaper = make_shaper(setup.shaper)
         self._mark = self._recording.mark
         self._max_staleness = self._recording.max_staleness(setup.buffer.groups_per_batch)
         self._incarnation = -1
@@ -93,6 +97,8 @@ class Replay:
         self._incarnation = max(self._incarnation, int(saved["incarnation"])) + 1
         self._step, self._cursor, self._trained = (int(saved[k]) for k in ("step", "cursor", "trained"))
         self._dropped = Counter(saved["dropped"])
+        if self._shaper is not None:
+            self._shaper.load_state(saved.get("shaper", {}))
         self._made, self._learner = None, learner
         self._since = time.time()
         if self._incarnation:
@@ -121,7 +127,7 @@ class Replay:
                 total = len(self._recording)
                 if (self._made.cursor - 1) // total > max(0, self._cursor - 1) // total:
                     self._say(f"all {total} groups of the recording were trained; it begins again")
-                if not self._made.batch.last:
+                if not self._made.batch.last and self._shaper is None:  # a shaper first learns from the batch before
                     self._prepare(self._made.cursor, step + 1, world_size)
         return self._made.batch
 
@@ -135,6 +141,8 @@ class Replay:
         made, self._made = self._made, None
         self._step, self._cursor, self._learners_in_a_row = step + 1, made.cursor, 0
         self._trained += made.episodes
+        if self._shaper is not None:
+            self._shaper.update(made.groups)
         if made.dropped:
             self._dropped["masked"] += made.dropped
         now = self._since = time.time()
@@ -163,7 +171,7 @@ class Replay:
         """Plain values that go into a checkpoint together with the learner's."""
         return {
             "cursor": self._cursor, "step": self._step, "trained": self._trained, "dropped": dict(self._dropped),
-            "incarnation": self._incarnation, "recording": self._mark,
+            "incarnation": self._incarnation, "recording": self._mark, "shaper": self._shaper.state() if self._shaper else {},
         }  # fmt: skip
 
     async def stop(self, reason: str) -> None:
@@ -227,7 +235,8 @@ class Replay:
             groups.append(group)
             at[group.id] = trained_at(group, entry.step)
         last = step + 1 >= setup.steps or time.time() >= setup.ends_at
-        whole = make_batch(step, groups, setup.advantage, max_staleness=None, last=last)
+        shaped = groups if self._shaper is None else self._shaper.shape(groups)
+        whole = make_batch(step, shaped, setup.advantage, max_staleness=None, last=last)
         aged = [(s, sample_age(s, at[s.group_id])) for s in whole.shards[0]]
         kept = [(s, age) for s, age in aged if self._max_staleness is None or age <= self._max_staleness]
         samples, ages = [s for s, _ in kept], [age for _, age in kept] or [0]
@@ -237,7 +246,7 @@ class Replay:
         }  # fmt: skip
         shards = tuple(tuple(shard(samples, rank, world_size)) for rank in range(world_size))
         batch = replace(whole, shards=shards, stats=stats)
-        return _Made(batch, cursor, sum(len(g.members) for g in groups), dropped)
+        return _Made(batch, cursor, sum(len(g.members) for g in groups), dropped, groups if self._shaper else [])
 
     def _fence(self, incarnation: int) -> None:
         if incarnation != self._incarnation:
@@ -309,6 +318,7 @@ def run_replay(config: RunConfig) -> dict[str, Any]:
                 train.steps,
                 ends_at=ends_at(config, folder),
                 max_learner_failures=train.max_failures,
+                shaper=config.shaper,
             )
             staff = Staff(config, setup, source)
             learner = LearnerRun(

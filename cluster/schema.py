@@ -23,6 +23,8 @@ from retrieval.backend import BackendConfig
 from retrieval.service import ServiceConfig
 from rewards.config import RewardConfig
 from rewards.judges.base import JudgeConfig
+from rewards.judges.health import MaskConfig
+from rewards.seeds.shaping import ShaperConfig
 
 
 @dataclass
@@ -75,6 +77,10 @@ class RunConfig:
     """How many engines."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How many rollout workers."""
+    shaper: ShaperConfig = field(default_factory=ShaperConfig)
+    """What a batch or a history does to rewards, before advantages."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """When masked rollouts pause the run."""
     curriculum: str = "uniform"
     """Which task comes next."""
     buffer: BufferConfig = field(default_factory=BufferConfig)

@@ -65,7 +65,7 @@ def run(config: RunConfig) -> dict[str, Any]:
                 config.seed, ends_at(config, folder), config.train.max_failures, journal=str(folder.journal), record=str(run_dir / "groups") if config.record else "",
                 about={
                     "protocol": spoken.name, "tokenizer": spoken.tokenizer_fingerprint, "template": spoken.template_fingerprint,
-                },
+                }, shaper=config.shaper, mask=config.mask,
             )  # fmt: skip
             actors.open_buffer(setup)
             learner = LearnerRun(

@@ -77,6 +77,10 @@ class Teller:
         """Seconds since the last optimiser step."""
         return time.time() - self._last
 
+    def alive(self) -> None:
+        """No step, but a sign of life: the run waits on purpose."""
+        self._last = time.time()
+
     def event(self, message: str) -> None:
         self.log.event(self.step, message)
         self._progress.note(message)
@@ -148,6 +152,8 @@ def watch(
             kind = row.pop("kind")
             if kind == "train":
                 teller.train(row, (load.take() or {}) if load is not None else {})
+            elif kind == "pause":
+                teller.alive()
             elif kind == "fence":
                 if teller.fenced(row["incarnation"], row["step"]):
                     staff.fence(row["incarnation"])

@@ -11,6 +11,9 @@ from agents.types import RecordError, Task, Verdict, Version
 from cluster.buffer import Buffer, BufferConfig, BufferSetup, Fenced, OutOfOrder
 from cluster.journal import close_books
 from cluster.ledger import audit
+from rewards.judges.health import MaskConfig
+from rewards.registry import make_shaper
+from rewards.seeds.shaping import ShaperConfig
 from tests.builders import a_group
 
 TASKS = [Task(f"t{i}", "question?", ("x",)) for i in range(5)]
@@ -403,3 +406,35 @@ async def test_the_last_batch_says_so_and_shards_are_even():
     assert [len(s) for s in batch.shards] == [2, 2]
     with pytest.raises(ValueError, match="asks for batch 3"):
         await buffer.next_batch(0, 3)
+
+
+async def test_rollouts_masked_by_one_cause_pause_the_run_until_a_probe_comes_back_well():
+    buffer = await a_buffer(groups=40, mask=MaskConfig(window=40, min_rollouts=8, probe_s=0.3))
+    leases = [await buffer.lease("w", 0.1) for _ in range(6)]
+    for lease in leases[:3]:
+        dead = [Verdict.unavailable("outcome", "judge_timeout")] * 2
+        await buffer.put(lease.id, [a_group(task=lease.task.id, group=lease.id).with_verdicts(dead)])
+    said = [r["message"] for r in await buffer.rows() if r["kind"] == "event"]
+    assert any("the run pauses" in line and "judge_timeout" in line for line in said)
+    assert "judge_timeout" in (await buffer.pulse())[0]
+    assert await buffer.lease("w", 0.05) is None, "nothing new begins"
+    await asyncio.sleep(0.35)
+    probe = await buffer.lease("w", 0.1)
+    assert probe is not None and await buffer.lease("w", 0.05) is None, "one lease tries whether it is over"
+    await buffer.put(probe.id, [a_group(task=probe.task.id, group=probe.id)])
+    assert await buffer.lease("w", 0.1) is not None
+    assert any("the run goes on" in r["message"] for r in await buffer.rows() if r["kind"] == "event")
+    assert (await buffer.counts()).balanced
+
+
+async def test_a_shaper_changes_what_ships_and_its_memory_goes_into_the_checkpoint():
+    buffer = await a_buffer(shaper=ShaperConfig(name="hapo"))
+    assert (await buffer.state())["shaper"] == make_shaper(ShaperConfig(name="hapo")).state()
+    lease = await deliver(buffer, 0)
+    assert await buffer.next_batch(0, 0) is not None
+    await buffer.settle(0, 0, {})
+    state = await buffer.state()
+    assert lease.task.id in json.dumps(state["shaper"]), "the length of the right answer is remembered"
+    other = Buffer(a_setup(shaper=ShaperConfig(name="hapo")), Uniform(TASKS, seed=0))
+    await other.enter(state)
+    assert (await other.state())["shaper"] == state["shaper"]
