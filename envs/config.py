@@ -32,8 +32,8 @@ class GuardConfig:
             raise ValueError(f"answer {self.answer!r} is not one of {', '.join(ANSWER_MASKS)}")
         if not self.mask or not self.mask.isascii() or any(c.isalnum() for c in self.mask):
             raise ValueError(f"mask {self.mask!r} must be ASCII signs other than letters and digits")
-        if not all(any(c.isalnum() for c in host) for host in self.hosts):
-            raise ValueError("hosts holds an empty entry; it would hide every page")
+        if not all(any(c.isalnum() for c in host.split("://")[-1].split("/")[0]) for host in self.hosts):
+            raise ValueError("hosts holds an empty entry, or a path without its host; it would hide every page")
         for canary in self.canaries:
             if sum(map(str.isalnum, canary)) < MIN_CANARY:
                 raise ValueError(

@@ -35,7 +35,8 @@ _SENTENCE = re.compile(r"(?<=[.!?\n])\s+|(?<=[。！？])\s*")
 class FaultyBackend:
     """A `Backend` that fails as told, over one that works; for one trajectory.
 
-    A session over it says when a tool call begins (`begin`). Without that, each request counts as a call.
+    A session over it says when a tool call begins (`begin`), and has the page of an `open` spoilt once its guard has seen the
+    whole (`spoilt`). Without `begin`, each request counts as a call.
     """
 
     def __init__(self, backend: Backend, config: FaultConfig, trajectory: str = "") -> None:
@@ -43,12 +44,12 @@ class FaultyBackend:
         self._backend = backend
         self._config = config
         self._stream = f"{config.seed}/{trajectory}"
-        self._tool: str | None = None
+        self._in_call = False
         self._requests = 0
 
-    def begin(self, index: int, tool: str) -> None:
+    def begin(self, index: int) -> None:
         """A tool call of a session begins; forgets what was injected before."""
-        self._tool = tool
+        self._in_call = True
         self._start(index)
 
     def _start(self, index: int) -> None:
@@ -66,15 +67,11 @@ class FaultyBackend:
             found = await self._backend.search([replace(q, k=q.k * _DEPTH) for q in queries])
         else:
             found = await self._backend.search(queries)
-        return [self._spoilt(hits, query.k, kind) for hits, query in zip(found, queries, strict=True)]
+        return [self._hits(hits, query.k, kind) for hits, query in zip(found, queries, strict=True)]
 
     async def get(self, ids: Sequence[str]) -> list[Document | None]:
         await self._travel()
-        found = await self._backend.get(ids)
-        if self._tool == "search":  # for the snippets; a search suffers in its hits
-            return found
-        kind = self._drawn(OF_PAGE)
-        return [document and self._aged(document, kind) for document in found]
+        return await self._backend.get(ids)
 
     def info(self) -> BackendInfo:
         return self._backend.info()
@@ -84,23 +81,25 @@ class FaultyBackend:
 
     async def _travel(self) -> None:
         """Delays or fails a request as drawn; what came through once in a call always does."""
-        if self._tool is None:
+        if not self._in_call:
             self._start(self._requests)
             self._requests += 1
         if self._arrived:
             return
         c, draw = self._config, self._transport
         late, failed, delay = draw.random() < c.latency, draw.random(), draw.gauss(0.0, 1.0)
-        self._arrived = failed >= c.timeout + c.error
         if late:
             self.injected.append("latency")
             await asyncio.sleep(c.latency_p50_ms / 1000 * (c.latency_p99_ms / c.latency_p50_ms) ** (delay / _Z99))
         if failed < c.timeout:
             self.injected.append("timeout")
             raise TimeoutError("no answer in time (injected)")
-        if not self._arrived:
+        if failed < c.timeout + c.error:
             self.injected.append("error")
             raise ConnectionError("503 service unavailable (injected)")
+        self._arrived = (
+            True  # only now: a delay beyond the call's time limit ends above, and the next attempt draws anew
+        )
 
     def _drawn(self, kinds: Sequence[str]) -> str:
         left = self._chance
@@ -110,7 +109,7 @@ class FaultyBackend:
                 return kind
         return ""
 
-    def _spoilt(self, hits: list[Hit], k: int, kind: str) -> list[Hit]:
+    def _hits(self, hits: list[Hit], k: int, kind: str) -> list[Hit]:
         kept = hits[:k]
         if kind == "empty":
             spoilt: list[Hit] = []
@@ -131,8 +130,9 @@ class FaultyBackend:
             self.injected.append(kind)
         return spoilt
 
-    def _aged(self, document: Document, kind: str) -> Document:
-        text = document.text
+    def spoilt(self, document: Document) -> Document:
+        """The page as the `open` of this call gets it; the same object when it suffers nothing."""
+        text, kind = document.text, self._drawn(OF_PAGE)
         if kind == "truncated":
             text = text[: math.ceil(len(text) / 2)]
         elif kind == "stale":

@@ -15,15 +15,14 @@ from __future__ import annotations
 import contextlib
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
-from urllib.parse import unquote
 
 from agents.text import words
 from agents.types import Task
 from envs.config import MIN_CANARY, SandboxConfig
-from envs.masks import Chain, Masked, Sight, date_of, names_of, redacted
+from envs.masks import Chain, Masked, Sight, date_of, names_of, redacted, unquoted
 
 RUN_WORDS = 13
 BENCHMARK_HOSTS = (
@@ -32,7 +31,12 @@ BENCHMARK_HOSTS = (
     "github.com/xbench-ai", "github.com/texttron/browsecomp-plus", "github.com/microsoft/livedrbench",
     "github.com/alibaba-nlp", "github.com/thudm/carr",
 )  # fmt: skip
-"""Where benchmarks and their answers are published. What GitHub serves raw is meant too."""
+"""Where benchmarks and their answers are published."""
+GITHUB_MIRRORS = (
+    "githubusercontent.com", "cdn.jsdelivr.net", "githack.com", "cdn.statically.io", "github1s.com", "github.dev",
+    "gitingest.com", "uithub.com", "deepwiki.com", "gitmirror.com",
+)  # fmt: skip
+"""Where the paths of GitHub's repositories work as well."""
 
 
 class Mask(NamedTuple):
@@ -105,11 +109,9 @@ class LeakGuard:
         self._leaks = [f" {' '.join(run)} " for run in runs] or [" ".join(said)] * bool(said)
 
     def leaks(self, text: str) -> bool:
-        """Whether a text repeats the question."""
-        if not self._leaks:
-            return False
-        said = f" {' '.join(words(text))} "
-        return any(leak in said for leak in self._leaks)
+        """Whether a text repeats the question, as it is written or in percent escapes."""
+        said = [f" {' '.join(words(t))} " for t in {text, unquoted(text)}] if self._leaks else []
+        return any(leak in s for s in said for leak in self._leaks)
 
 
 def hiding(name: str, leaks: Callable[[str], bool], *, silent: bool = False) -> Rule:
@@ -139,15 +141,27 @@ def _naming(name: str, names: tuple[str, ...], silent: bool) -> Rule:
 
 
 class Hosts:
-    """Hides pages of blocked hosts, by the id or `meta["url"]`. Whatever stands where a host may stand in an id counts, so
-    archives, readers and redirects do not help."""
+    """Hides pages of blocked hosts, by the id or `meta["url"]`. A host counts wherever it stands in an id, so archives, readers,
+    redirects and Google's translator do not help; nor do mirrors of GitHub help a blocked repository."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        self._blocked = []
+        self._blocked: list[tuple[re.Pattern[str], re.Pattern[str]]] = []
+        anywhere: set[str] = set()
         for entry in dict.fromkeys(e for h in hosts for e in (BENCHMARK_HOSTS if h == "benchmarks" else (h,))):
-            host, path = _place(re.sub(r"^[a-z+.-]*://|^\*\.", "", entry.strip().casefold()))
-            below = f"/{path}/" if path else "/"
-            self._blocked += [(h, below) for h in (host, *(["githubusercontent.com"] if host == "github.com" else []))]
+            found = _ENTRY.match(_read(entry.strip()))
+            host, path = (found[1].strip("."), found[2].strip("/")) if found else ("", "")
+            if path:
+                self._blocked.append((_host({host}), _path(path)))
+            else:
+                anywhere.add(host)
+            if path and host == "github.com":
+                owner, _, repository = path.partition("/")
+                self._blocked += [
+                    (_host(GITHUB_MIRRORS), _path(path)),
+                    (_host({f"{owner}.github.io"}), _path(repository)),
+                ]
+        if anywhere:
+            self._blocked.append((_host(anywhere), _path("")))
 
     def review(self, sight: Sight) -> Masked:
         document = sight.document
@@ -157,30 +171,37 @@ class Hosts:
 
     def blocks(self, doc_id: str) -> bool:
         """Whether an id names a blocked place, however it is written."""
-        text = doc_id[:8192]
-        for _ in range(3):  # a URL may be quoted inside another, and that one again
-            text = unquote(text)
-        text = unicodedata.normalize("NFKC", text)
-        starts = [0, *(match.end() for match in _BREAK.finditer(text))][:64]
-        return any(
-            (host == blocked or host.endswith(f".{blocked}")) and below in f"/{path}/"
-            for host, path in (_place(text[start : start + 1024]) for start in starts)
-            for blocked, below in self._blocked
-        )
+        text = _read(doc_id)
+        return any((at := host.search(text)) and path.search(text, at.end()) for host, path in self._blocked)
 
 
-_BREAK = re.compile(r"[/\\?#@:&=\s]+")
+_ENTRY = re.compile(r"(?:[a-z+.-]*:/)?(?:\*\.)?([^/:?#]*)(?::\d*)?([^?#]*)")
+_TRANSLATED = re.compile(r"([\w-]+)\.translate\.goog(?![\w-])")
 
 
-def _place(text: str) -> tuple[str, str]:
-    """Host (ASCII, lower case, without port and last dot) and path (lower case, without outer slashes) of a URL's rest."""
-    end = _BREAK.search(text)
-    host, rest = (text[: end.start()], text[end.start() :]) if end else (text, "")
-    host = host.casefold().replace("\u3002", ".").strip(".")
-    with contextlib.suppress(UnicodeError):  # what is no host name is compared as it is
-        host = host[:253].encode("idna").decode("ascii")
-    path = re.split(r"[?#]", re.sub(r"^:\d*", "", rest), maxsplit=1)[0].casefold()
-    return host, re.sub(r"[/\\]+", "/", path).strip("/")
+def _read(text: str) -> str:
+    """An id as hosts and paths are looked for in it: unquoted, in one case and width, with single slashes."""
+    for _ in range(3):  # a URL may be quoted inside another, and that one again
+        text = unquoted(text)
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).replace("\u3002", ".")
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # soft hyphens are no part of a host
+    text = _TRANSLATED.sub(lambda m: m[1].replace("--", "\0").replace("-", ".").replace("\0", "-"), text)
+    return re.sub(r"[/\\]+", "/", text)
+
+
+def _host(hosts: Iterable[str]) -> re.Pattern[str]:
+    """Any of the hosts or a subdomain, in Unicode or punycode, not as a part of a longer name."""
+    forms = set(hosts)
+    for host in hosts:
+        with contextlib.suppress(UnicodeError):  # what is no host name is looked for as it is
+            ascii_ = host.encode("idna")
+            forms |= {ascii_.decode("ascii"), _read(ascii_.decode("idna"))}
+    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, sorted(forms)))})(?![\w-]|\.[\w-])")
+
+
+def _path(path: str) -> re.Pattern[str]:
+    """Whatever follows a host, where it holds these segments."""
+    return re.compile(rf"/{re.escape(path)}(?![\w-])" if path else "")
 
 
 _hosts = lru_cache(maxsize=16)(Hosts)

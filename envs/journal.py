@@ -36,7 +36,7 @@ class Entry:
     cached: bool
     """Answered from what this session had already fetched."""
     fingerprint: str
-    """Of the retrieval backend."""
+    """Of the retrieval backend as it answered; empty for a call that it gave no answer to."""
     attempts: int = 1
     """How often the backend was asked; above 1 after failures."""
     charged: bool = False
@@ -48,20 +48,24 @@ class Entry:
 
 
 class Journal:
-    """Grows by one entry per call. `sink` is handed each of them with its event."""
+    """Grows by one entry per call. `sink` is handed each of them with its event; without `keep` they are counted only."""
 
-    def __init__(self, sink: Callable[[Entry, ToolEvent], None] | None = None) -> None:
+    def __init__(self, sink: Callable[[Entry, ToolEvent], None] | None = None, keep: bool = True) -> None:
         self.entries: list[Entry] = []
-        self._sink = sink
+        self.count = 0
+        """Calls so far."""
+        self._sink, self._keep = sink, keep
 
     def add(self, event: ToolEvent, **facts: Any) -> None:
         """Notes a finished call; `facts` are the fields of `Entry` that the event does not tell."""
+        index, self.count = self.count, self.count + 1
+        if not self._keep and self._sink is None:
+            return
         call, given = event.call, event.call.arguments
         arguments = dict(given) if isinstance(given, Mapping) else {"": given}
-        entry = Entry(
-            len(self.entries), call.name, arguments, result_hash(event), event.error, event.latency_s, **facts
-        )
-        self.entries.append(entry)
+        entry = Entry(index, call.name, arguments, result_hash(event), event.error, event.latency_s, **facts)
+        if self._keep:
+            self.entries.append(entry)
         if self._sink is not None:
             self._sink(entry, event)
 

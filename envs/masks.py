@@ -1,6 +1,7 @@
 """Masks of the answer: documents that hold it hidden, the answer itself painted over, or a chain that opens page by page.
 
-Names are compared without case, accents, width and any signs between letters, so `J. R. R. Tolkien` is found as `JRR TOLKIEN`.
+Names are compared without case, accents, width and any signs between letters, so `J. R. R. Tolkien` is found as `JRR TOLKIEN`;
+a text with percent escapes is read as it is written and also as it is meant (`/wiki/Lech_Wa%C5%82%C4%99sa`).
 Names of under four ASCII letters, and numbers, must stand as whole words; others are found inside words too (`Parisian`), since
 too much masked is better than a leak. Invariants: a text that was masked holds none of the names by that rule, not even across a mask;
 spans point at the same passage before and after; the mask's length says nothing about the name's.
@@ -8,6 +9,7 @@ spans point at the same passage before and after; the mask's length says nothing
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +54,19 @@ class Names:
     def _find(self, text: str) -> list[Span]:
         if not self._parts:
             return []
+        found = self._places(text)
+        if _ESCAPES.search(text):
+            meant, starts = _unquoted(text)
+            found += [(starts[start], starts[end]) for start, end in self._places(meant)]
+        merged: list[Span] = []
+        for start, end in sorted(found):
+            if merged and start < merged[-1][1]:
+                merged[-1] = merged[-1][0], max(end, merged[-1][1])
+            else:
+                merged.append((start, end))
+        return merged
+
+    def _places(self, text: str) -> list[Span]:
         plain, offsets = folded(text)
         found: list[Span] = []
         for name in self._parts:
@@ -64,13 +79,7 @@ class Names:
                         end += 1
                     found.append((start, end))
                 at = plain.find(name, at + 1)
-        merged: list[Span] = []
-        for start, end in sorted(found):
-            if merged and start < merged[-1][1]:
-                merged[-1] = merged[-1][0], max(end, merged[-1][1])
-            else:
-                merged.append((start, end))
-        return merged
+        return found
 
     def masked(self, text: str, mask: str, span: Span | None = None) -> tuple[str, Span | None, int]:
         """The text with a mask for each name, the span where its passage now stands, and how many were masked."""
@@ -111,12 +120,51 @@ def folded(text: str) -> tuple[str, list[int]]:
 @lru_cache(maxsize=1 << 16)
 def _fold(char: str) -> str:
     plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", char).casefold())
-    return "".join(c for c in plain if c.isalnum() or _is_vowel_sign(c))
+    return "".join(c for c in plain if c.isalnum() or _is_vowel_sign(c)).translate(_STROKES)
+
+
+_STROKES = str.maketrans(
+    {"ł": "l", "ø": "o", "đ": "d", "ð": "d", "ħ": "h", "ŧ": "t", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th", "ŋ": "ng"}
+)
+"""Letters that Unicode does not take apart, as they are written without them."""
 
 
 def _is_vowel_sign(char: str) -> bool:
     """Marks that are letters of their own in the scripts of South and South-East Asia, unlike accents."""
     return "\u0900" <= char <= "\u1cff" and unicodedata.category(char)[0] == "M" and not unicodedata.combining(char)
+
+
+_ESCAPE = re.compile(r"%(?:25)*([0-9a-fA-F]{2})")
+_ESCAPES = re.compile(f"(?:{_ESCAPE.pattern})+")
+
+
+def unquoted(text: str) -> str:
+    """The text with percent escapes decoded, those that were escaped again too."""
+    return _unquoted(text)[0]
+
+
+def _unquoted(text: str) -> tuple[str, list[int]]:
+    """The same, and for each character of it (and its end) the offset in the text."""
+    read: list[str] = []
+    starts: list[int] = []
+    at = 0
+    for run in _ESCAPES.finditer(text):
+        read.append(text[at : run.start()])
+        starts += range(at, run.start())
+        escapes = list(_ESCAPE.finditer(text, run.start(), run.end()))
+        octets = bytes(int(escape[1], 16) for escape in escapes)
+        try:
+            said = octets.decode()
+            sizes = [len(c.encode()) for c in said]
+        except UnicodeDecodeError:  # old addresses
+            said, sizes = octets.decode("latin-1"), [1] * len(octets)
+        place = 0
+        for size in sizes:
+            starts.append(escapes[place].start())
+            place += size
+        read.append(said)
+        at = run.end()
+    return "".join(read) + text[at:], [*starts, *range(at, len(text) + 1)]
 
 
 class Chain:
@@ -128,7 +176,7 @@ class Chain:
 
     def __init__(self, pages: Sequence[str], names: Sequence[tuple[int, str]], mask: str) -> None:
         """`names`: (how many pages must have been opened before it may be read, name)."""
-        self._pages = [canonical_id(page) for page in pages]
+        self._pages = [_page(page) for page in pages]
         self._secret = [names_of(tuple(name for due, name in names if due > n)) for n in range(len(pages) + 1)]
         self._mask = mask
         self._opened: set[str] = set()
@@ -138,21 +186,23 @@ class Chain:
         """The chain of a task: the pages of `meta["chain"]`, or its gold documents in their order.
 
         The names are the oracle's entities `E1`, `E2`, ... and last `E0`, with the answers. One that is the id of a page is due with
-        that page; otherwise, where every page has an entity, page i gives the next one away; the answer is due at the end.
+        that page; else, where statements and nuggets go together, once the first page that states something of it is opened; else,
+        where every page has an entity, page i gives the next one away. One that has no place is due at the end, as the answer is.
         Names that the question gives are not masked.
         """
         pages = [str(page) for page in task.meta.get("chain") or task.gold_docs]
         ids = [folded(page)[0] for page in pages]
         entities = {label: str(name) for label, name in ((task.oracle or {}).get("entities") or {}).items()}
-        between = [entities[label] for label in sorted(entities.keys() - {"E0"}, key=lambda e: (len(e), e))]
-        aligned = len(between) == len(pages) - 1
-        due = [(i, name) for i, name in enumerate(between, start=1) if aligned or folded(name)[0] in ids]
+        between = sorted(entities.keys() - {"E0"}, key=lambda e: (len(e), e))
+        stated = _stated(task, pages)
+        aligned = not stated and len(between) == len(pages) - 1
+        due = [(stated.get(e, i if aligned else len(pages)), entities[e]) for i, e in enumerate(between, start=1)]
         due += [(len(pages), name) for name in (*task.answers, *([entities["E0"]] if "E0" in entities else []))]
         due = [(ids.index(folded(name)[0]) if folded(name)[0] in ids else at, name) for at, name in due]
         return cls(pages, [(at, name) for at, name in due if not Names([name]).spans(task.question)], mask)
 
     def review(self, sight: Sight) -> Masked:
-        page = canonical_id(sight.document.id)
+        page = _page(sight.document.id)
         reached = self._reached(self._opened)
         due = page in self._pages[: reached + 1]
         if page in self._pages and not due:
@@ -162,11 +212,28 @@ class Chain:
         return redacted(sight, self._secret[reached], self._mask, any_id=due)
 
     def opened(self, doc_id: str) -> None:
-        self._opened.add(canonical_id(doc_id))
+        self._opened.add(_page(doc_id))
 
     def _reached(self, opened: set[str]) -> int:
         """How many pages from the first on were opened."""
         return next((i for i, page in enumerate(self._pages) if page not in opened), len(self._pages))
+
+
+def _page(doc_id: str) -> str:
+    return unquoted(canonical_id(doc_id))
+
+
+def _stated(task: Task, pages: Sequence[str]) -> dict[str, int]:
+    """By entity: how many pages have been opened with the first that states something of it. A statement stands where the
+    nugget of the same number does."""
+    statements = (task.oracle or {}).get("statements") or ()
+    found: dict[str, int] = {}
+    if len(statements) == len(task.nuggets):
+        for statement, nugget in zip(statements, task.nuggets, strict=True):
+            opened = [pages.index(doc) + 1 for doc in nugget.doc_ids if doc in pages]
+            for label in re.findall(r"<(E\d+)>", str(statement)) if opened else ():
+                found[label] = min(found.get(label, len(pages)), *opened)
+    return found
 
 
 def redacted(sight: Sight, names: Names, mask: str, any_id: bool = False) -> Masked:

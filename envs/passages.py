@@ -5,7 +5,6 @@ Invariants: the pages of a text, put together, are the text; a match's context i
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 
 from retrieval.analysis import words
@@ -37,10 +36,11 @@ def matches(text: str, pattern: str, *, limit: int, context_chars: int, fuzzy: b
     (CaRR's tool server: window = pattern + 10 characters, step = pattern + 5, none within 200 characters of another).
     """
     spans: list[tuple[int, int]] = []
-    for match in re.finditer(f"(?=({re.escape(pattern)}))", text, re.IGNORECASE):
-        if len(spans) == limit:
-            break
-        spans.append(match.span(1))
+    low, sought = _cased(text), _cased(pattern)
+    at = low.find(sought)
+    while at >= 0 and len(spans) < limit:  # a regular expression would be quadratic on a crafted page
+        spans.append((at, at + len(sought)))
+        at = low.find(sought, at + 1)
     needed = Counter(words(pattern))
     if fuzzy and len(spans) < limit and len(pattern) >= 3 and needed:
         size, step = len(pattern) + 10, len(pattern) + 5
@@ -52,3 +52,8 @@ def matches(text: str, pattern: str, *, limit: int, context_chars: int, fuzzy: b
             if shared >= _FUZZY_OVERLAP * sum(needed.values()) and not near:
                 spans.append((start, min(len(text), start + size)))
     return [text[max(0, s - context_chars) : e + context_chars] for s, e in sorted(spans)]
+
+
+def _cased(text: str) -> str:
+    """The text in one case, as long as it is."""
+    return text.replace("İ", "i").lower().replace("ς", "σ")

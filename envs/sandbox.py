@@ -8,7 +8,8 @@ Invariants:
 - Trouble of the backend is retried, then reported as error `backend`, which masks the rollout; it is not charged.
 - The guard judges every document after the shared caches, since what may be shown differs from trajectory to trajectory.
   What it hides as a mask reads like a document that does not exist, whatever id it was asked by.
-- Where faults are made on purpose, documents are fetched anew for each call, so that every `open` can suffer them.
+- Where faults are made on purpose, documents are fetched anew for each call, so that every `open` can suffer them. The guard
+  judges a page before it is spoilt and after, since half a page may lack the mark that hides the whole.
 
 Calls of one session run one after another; sessions are independent.
 """
@@ -19,6 +20,8 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from agents.interfaces import Backend
@@ -38,6 +41,8 @@ _BUDGETS = {"search": ("max_searches", "searches"), "open": ("max_opens", "opens
 _ARGUMENTS = {"search": {"query", "k"}, "open": {"doc_id", "page"}, "find": {"pattern"}}
 
 _TITLE_CHARS = 200
+_LONG_CHARS = 20_000
+"""Texts from here on are searched in a thread (some 5 ms), so that the other sessions of the loop go on."""
 
 
 class _Refusal(Exception):
@@ -60,7 +65,9 @@ class Session:
         journal: Journal | None = None,
         count_tokens: Callable[[str], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        kept_chars: int = 4_000_000,
     ) -> None:
+        """`kept_chars`: most characters of fetched pages that are remembered; beyond it the oldest are asked for anew."""
         self.config = config or SandboxConfig()
         self.journal = journal or Journal()
         self._backend = backend
@@ -72,8 +79,9 @@ class Session:
         self._used: Counter[str] = Counter()
         self._results: list[str] = []
         self._documents: dict[str, Document] = {}
+        self._kept_chars = kept_chars
         self._page: Document | None = None
-        self._cached, self._charged, self._attempts = True, False, 0
+        self._cached, self._charged, self._attempts, self._fingerprint = True, False, 0, ""
         self._closed = False
 
     async def call(self, call: ToolCall) -> ToolEvent:
@@ -82,9 +90,9 @@ class Session:
         if self._closed:
             raise RuntimeError("the sandbox session is closed")
         started = self._clock()
-        self._cached, self._charged, self._attempts = True, False, 0
+        self._cached, self._charged, self._attempts, self._fingerprint = True, False, 0, ""
         if self._faults is not None:
-            self._faults.begin(len(self.journal.entries), call.name)
+            self._faults.begin(self.journal.count)
             self._documents.clear()
         text, error = "", ""
         seen: tuple[Seen, ...] = ()
@@ -113,7 +121,7 @@ class Session:
         self.journal.add(
             event,
             cached=cached,
-            fingerprint=self._backend.info().fingerprint,
+            fingerprint=self._fingerprint,
             attempts=max(1, self._attempts),
             charged=self._charged,
             masks=self._guard.take() if self._guard else (),
@@ -199,6 +207,8 @@ class Session:
 
     async def _search(self, query: str, k: int) -> tuple[str, tuple[Seen, ...]]:
         hits: list[Hit] = (await self._ask(lambda: self._backend.search([Query(query, k)])))[0]
+        if self._guard is not None:
+            hits = [h for h in hits if not self._guard.forbids(h.doc_id)]
         documents = await self._fetch([h.doc_id for h in hits])
         self._charge("search")
         blocks: list[str] = []
@@ -211,10 +221,12 @@ class Session:
                 continue
             shown = sight.document
             c, i, title = self.config, len(blocks), self._title(shown)
-            shown_text = snippet(
-                shown.text, query, c.snippet_chars, span=sight.span, mode=c.snippet_mode,
+            cut = partial(
+                snippet, shown.text, query, c.snippet_chars, span=sight.span, mode=c.snippet_mode,
                 max_tokens=c.snippet_tokens, count_tokens=self._count,
             )  # fmt: skip
+            # a tokenizer may not bear several threads
+            shown_text = cut() if c.snippet_tokens else await _aside(cut, len(shown.text))
             head = f"[{i}] Title: {title}\n[{i}] URL Source: {shown.id}\n[{i}] Description: "
             room = c.max_observation_chars - sum(len(b) + 2 for b in blocks) - len(head)
             if len(shown_text) > room:
@@ -238,6 +250,10 @@ class Session:
                 break
         self._charge("open")
         sight, silent = (None, True) if document is None else self._review(Sight(document, opening=True))
+        if sight is not None and self._faults is not None:
+            spoilt = self._faults.spoilt(sight.document)
+            if spoilt is not sight.document:
+                sight, silent = self._review(replace(sight, document=spoilt))
         if sight is None:
             if silent and not forbidden:
                 raise _Refusal(
@@ -271,9 +287,10 @@ class Session:
             raise _Refusal("no_page", "no document is open; open one before find.")
         self._charge("find")
         c, page = self.config, self._page
-        contexts = matches(
-            page.text, pattern, limit=c.max_matches, context_chars=c.find_context_chars, fuzzy=c.fuzzy_find
+        look = partial(
+            matches, page.text, pattern, limit=c.max_matches, context_chars=c.find_context_chars, fuzzy=c.fuzzy_find
         )
+        contexts = await _aside(look, len(page.text))
         blocks: list[str] = []
         shown: list[str] = []
         for number, context in enumerate(contexts, start=1):
@@ -312,11 +329,17 @@ class Session:
 
     async def _fetch(self, ids: list[str]) -> list[Document | None]:
         """Documents as the corpus holds them, remembered for this session: the guard looks at them anew each time."""
-        missing = [i for i in ids if i not in self._documents]
+        known = {i: self._documents[i] for i in ids if i in self._documents}
+        missing = [i for i in ids if i not in known]
         if missing:
             found = await self._ask(lambda: self._backend.get(missing))
-            self._documents.update((d.id, d) for d in found if d is not None)
-        return [self._documents.get(i) for i in ids]
+            fresh = {d.id: d for d in found if d is not None}
+            known |= fresh
+            self._documents |= fresh
+            size = sum(len(d.text) for d in self._documents.values())
+            while size > self._kept_chars:
+                size -= len(self._documents.pop(next(iter(self._documents))).text)
+        return [known.get(i) for i in ids]
 
     async def _ask(self, request: Callable[[], Awaitable[T]]) -> T:
         self._cached = False
@@ -325,7 +348,9 @@ class Session:
             self._attempts += 1
             try:
                 with time_limit(self.config.call_timeout_s):  # whoever is asked further down gives up then, too
-                    return await asyncio.wait_for(request(), self.config.call_timeout_s)
+                    answer = await asyncio.wait_for(request(), self.config.call_timeout_s)
+                self._fingerprint = self._backend.info().fingerprint  # now, since a remote one is known by its answers
+                return answer
             except ReplayMiss:
                 raise
             except BadQuery as error:
@@ -338,6 +363,11 @@ class Session:
             await asyncio.sleep(wait_s)
             wait_s *= 2
         raise AssertionError("unreachable")
+
+
+async def _aside(work: Callable[[], T], size: int) -> T:
+    """Pure work on a text of `size` characters."""
+    return await asyncio.to_thread(work) if size > _LONG_CHARS else work()
 
 
 def _bad(sentence: str) -> _Refusal:

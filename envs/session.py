@@ -1,6 +1,7 @@
 """Sessions as rollouts use them: guard, faults, recording and replay put together as the config says.
 
-Order, from the corpus outwards: backend (or its recording), what is written to the journal, faults, and in the session the guard.
+Order, from the corpus outwards: backend (or its recording), what is written to the journal, faults, and in the session the guard
+(which judges an opened page again after its faults).
 So a recording holds what the backend gave, and a replay with the same config makes the same faults and masks again.
 """
 
@@ -45,7 +46,7 @@ class Sessions:
             source = recorder = RecordingBackend(source, self._file, identity, self._digest)
             sink = recorder.note
         if c.faults.active:
-            source = FaultyBackend(source, c.faults, "/".join(map(str, identity.uid)))
+            source = FaultyBackend(source, c.faults, str(tuple(identity.uid)))
         return Session(source, c, guard=guard_of(c, task), journal=Journal(sink), count_tokens=count_tokens)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ whichever passage of it is shown.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 
@@ -75,15 +75,28 @@ def window(text: str, query: str, limit: int) -> str:
         return lead(text, limit)
     frequency = Counter(term for _, _, term in hits)
     sentences = [0] + [m.end() for m in _SENTENCE_END.finditer(text)]
-    starts = [start for start, _, _ in hits]
-    best, best_score = 0, -1.0
-    for start in starts:
+    best, best_score, score = 0, -1.0, 0.0
+    inside: Counter[str] = Counter()
+    first = after = 0  # hits[first:after] are inside the passage; both only move on, since each passage begins later
+    for start, _, _ in hits:
         # from the start of its sentence, if that leaves half of the passage for what follows
         begin = sentences[bisect_right(sentences, start) - 1]
         if start - begin > limit // 2:
             begin = start
-        inside = hits[bisect_left(starts, begin) : bisect_right(starts, begin + limit)]
-        score = sum(1.0 / frequency[t] for t in sorted({t for _, end, t in inside if end <= begin + limit}))
+        known = len(inside)
+        while after < len(hits) and (hits[after][1] <= begin + limit or hits[after][0] < begin):
+            inside[hits[after][2]] += 1
+            after += 1
+        changed = len(inside) > known
+        while first < after and hits[first][0] < begin:
+            term = hits[first][2]
+            inside[term] -= 1
+            if not inside[term]:
+                del inside[term]
+                changed = True
+            first += 1
+        if changed:
+            score = sum(1.0 / frequency[t] for t in sorted(inside))
         if score > best_score:
             best, best_score = begin, score
     return lead(text[best:], limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from agents.types import BackendInfo, Document, Hit, Query, ToolCall, Uid
 from envs.config import FaultConfig, GuardConfig, JournalConfig, SandboxConfig
 from envs.journal import ReplayMiss, same
-from envs.replay import Recording, ReplayBackend, ReplayError, faults_met, rows
+from envs.replay import JournalFile, Recording, ReplayBackend, ReplayError, faults_met, rows
 from envs.sandbox import Session
 from envs.session import Sessions
 from tests.support.sandbox_play import Broken, actions, backend, identity, play, world
@@ -119,7 +120,10 @@ def test_a_miss_asks_the_backend_when_told_to_if_it_is_the_same(tmp_path: Path) 
         def info(self) -> BackendInfo:
             return BackendInfo("other", 1, "another-fingerprint")
 
-    with pytest.raises(ReplayError, match="another-fingerprint"):
+        async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
+            return [[] for _ in queries]
+
+    with pytest.raises(ReplayMiss, match="another-fingerprint"):
         replay(tmp_path, calls, Other(), misses="ask")
     record(tmp_path / "sub", calls[:1], Relabelled("another-fingerprint"))
     next((tmp_path / "sub").iterdir()).rename(tmp_path / "other-1.jsonl")
@@ -174,6 +178,92 @@ def test_what_a_live_source_gave_and_how_it_failed_comes_again(tmp_path: Path, r
     assert same(recorded.journal, replay(tmp_path, calls, **more).journal)
 
 
+class Named(Moody):
+    """A remote source: its pages fail at first, and its fingerprint is known once it has answered."""
+
+    async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
+        self.count += 1
+        if self.count == 1:
+            raise ConnectionError("busy")
+        return [[Hit(f"p{i}", 1.0) for i in range(q.k)] for q in queries]
+
+    async def get(self, ids: Sequence[str]) -> list[Document | None]:
+        self.count += 1
+        if self.count == 3:
+            raise ConnectionError("busy")
+        return [Document(i, "T", f"Page {i}") for i in ids]
+
+    def info(self) -> BackendInfo:
+        return BackendInfo("remote", 0, "learned" if self.count > 1 else "unknown")
+
+
+def test_one_failure_of_a_search_or_of_its_pages_is_one_failure_again(tmp_path: Path) -> None:
+    calls = [("find", {"pattern": "x"}), ("search", {"query": "alpha", "k": 4}), ("open", {"doc_id": 1})]
+    recorded = record(tmp_path, calls, Named(), retries=1)
+    assert [e.error for e in recorded.journal.entries] == ["no_page", "", ""]
+    assert [e.fingerprint for e in recorded.journal.entries] == ["", "learned", ""]
+    again = replay(tmp_path, calls, retries=1)
+    assert same(recorded.journal, again.journal) and again.journal.entries[1].attempts == 4
+    asked = replay(tmp_path, [("search", {"query": "beta"})], Named(), misses="ask", retries=2)
+    assert not asked.journal.entries[0].error, "the backend's fingerprint is compared when it has answered"
+
+
+def test_a_full_disk_costs_one_line(tmp_path: Path) -> None:
+    file = JournalFile(tmp_path, "worker")
+    whole, file._file = file._file, FullDisk(file._file)  # type: ignore[assignment]
+    with pytest.raises(OSError, match="No space"):
+        file.write({"a": 1})
+    file._file = whole
+    file.write({"b": 2})
+    file.write({"c": 3})
+    file.close()
+    assert file.path.read_bytes().splitlines() == [b'{"a"', b'{"b":2}', b'{"c":3}']
+
+
+class FullDisk:
+    """Takes four octets and no more."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._left = file, 4
+
+    def write(self, octets: bytes) -> int:
+        if not self._left:
+            raise OSError(28, "No space left on device")
+        self._left = 0
+        return int(self._file.write(octets[:4]))
+
+
+def test_a_lost_document_is_a_miss_that_tells_of_the_damage(tmp_path: Path) -> None:
+    a = TASK.gold_docs[0]
+    record(tmp_path, [("open", {"doc_id": a})])
+    file = next(tmp_path.glob("*.jsonl"))
+    line = file.read_bytes()
+    file.write_bytes(line[:60] + b"\n" + line.replace(b'"documents":{', b'"documents":{},"x":{'))
+    with pytest.raises(ReplayMiss, match=r"1 damaged lines were left out, the first is .*jsonl:1\)"):
+        replay(tmp_path, [("open", {"doc_id": a})])
+    assert not replay(tmp_path, [("open", {"doc_id": a})], backend(), misses="ask").journal.entries[0].error
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"uid": None}, "is damaged"),
+        ({"documents": {"x": {"id": 3}}}, "is damaged"),
+        ({"asked": ["x"]}, "is damaged"),
+        ({"format": 2}, "not a line of a journal of format 1"),
+    ],
+)
+def test_lines_that_are_no_calls_are_named(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    record(tmp_path, [("search", {"query": "mentor"})])
+    file = next(tmp_path.glob("*.jsonl"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ReplayError, match=rf"jsonl:1 .*{says}"):
+        Recording(tmp_path)
+    file.write_text('{"format":1}')
+    with pytest.raises(ReplayError, match="not a line of a journal"):
+        Recording(tmp_path)
+
+
 def test_a_killed_writer_costs_at_most_its_last_line_and_other_files_are_refused(tmp_path: Path) -> None:
     record(tmp_path, [("search", {"query": "mentor"})])
     file = next(tmp_path.glob("*.jsonl"))
@@ -222,6 +312,16 @@ def test_sessions_of_one_process_share_a_file_and_interleave(tmp_path: Path) -> 
     assert len(list(rows(tmp_path))) == 12
     calls = [("search", {"query": q}) for q in ("mentor", "rival", "cook")]
     assert same(opened[0].journal, replay(tmp_path, calls).journal)
+
+
+def test_faults_of_trajectories_whose_names_run_together_differ() -> None:
+    sessions = Sessions(config(faults=FAULTS))
+    met = []
+    for uid in (Uid("a/b", "c", 0), Uid("a", "b/c", 0)):
+        session = sessions.session_for(TASK, replace(identity(), uid=uid), backend())
+        play(session, [("search", {"query": "mentor"})] * 20)
+        met.append([e.faults for e in session.journal.entries])
+    assert met[0] != met[1]
 
 
 def test_settings_that_make_no_sense() -> None:

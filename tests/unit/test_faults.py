@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.types import Document, Query, Uid
-from envs.config import FaultConfig, SandboxConfig
+from agents.types import Document, Query, Task, Uid
+from envs.config import FaultConfig, GuardConfig, SandboxConfig
 from envs.faults import FaultyBackend, recovery
+from envs.guard import guard_of
 from envs.journal import same
 from envs.sandbox import Session
 from retrieval.backend import BackendConfig, build_backend
@@ -101,7 +102,7 @@ def test_latency_follows_its_percentiles(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("envs.faults.asyncio.sleep", sleep)
     faulty = FaultyBackend(backend(), FaultConfig(latency=1, latency_p50_ms=100, latency_p99_ms=1000))
     for index in range(2000):
-        faulty.begin(index, "open")
+        faulty.begin(index)
         asyncio.run(faulty._travel())
     slept.sort()
     assert 0.09 < slept[1000] < 0.11 and 0.75 < slept[1980] < 1.35
@@ -158,6 +159,32 @@ def test_real_trouble_does_not_change_which_faults_are_made() -> None:
     play(calm, calls), play(rough, calls)
     assert same(calm.journal, rough.journal) and len({e.faults for e in calm.journal.entries}) > 4
     assert sum(e.attempts for e in rough.journal.entries) == sum(e.attempts for e in calm.journal.entries) + 4
+
+
+def test_a_page_is_guarded_before_and_after_its_faults() -> None:
+    marked = Document("p", "P", "One. Two. Three. Four. Five. canary b7a3c1d9-4a4a", {"older": "by Lomitave"})
+    task = Task("t", "Who?", ("J. R. R. Tolkien",))
+    for kind in ("truncated", "stale"):
+        config = SandboxConfig(guard=GuardConfig(canaries=["b7a3c1d9-4a4a"]), faults=FaultConfig(**{kind: 1.0}))
+        shared = FaultyBackend(build_backend(BackendConfig(kind="bm25"), [marked]), config.faults, "t")
+        shown = Session(shared, config, guard=guard_of(config, task))
+        assert play(shown, [("open", {"doc_id": "p"})])[0].error == "leak_guard", "though the mark would be cut off"
+    written = Document("p", "P", "By J. R. R. Tolkien and others. More. Yes. " * 3)
+    older = Document("q", "Q", "Nothing.", {"older": "It is by JRR Tolkien."})
+    for seed in range(8):
+        config = SandboxConfig(guard=GuardConfig(answer="redact"), faults=FaultConfig(stale=1, seed=seed))
+        shared = FaultyBackend(build_backend(BackendConfig(kind="bm25"), [written, older]), config.faults, "t")
+        for event in play(
+            Session(shared, config, guard=guard_of(config, task)), [("open", {"doc_id": i}) for i in "pq"]
+        ):
+            assert not event.error and "Tolkien" not in event.text and "R." not in event.text
+
+
+def test_a_delay_beyond_the_time_limit_is_drawn_anew_for_the_next_attempt() -> None:
+    late = FaultConfig(latency=1, latency_p50_ms=60_000, latency_p99_ms=60_000)
+    shown = session(late, call_timeout_s=0.02)
+    assert play(shown, [SEARCH])[0].error == "backend"
+    assert shown.journal.entries[0].faults == ("latency",) * 3
 
 
 def test_recovery_by_hand() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
-from agents.types import Document, Task
+from agents.types import Document, Hit, Query, Task
 from envs.config import GuardConfig, SandboxConfig
 from envs.guard import BENCHMARK_HOSTS, Hosts, guard_of
 from envs.sandbox import Session
@@ -59,6 +61,13 @@ def test_short_canaries_hide_nothing() -> None:
         ("https://notevil.org/a", False),
         ("https://evil.org.uk", False),
         ("https://example/evil.orgy", False),
+        ("https://evil-org.translate.goog/a?_x_tr_sl=en", True),
+        ("https://not--evil-org.translate.goog/a", False),
+        ("https://proxy.example/get,evil.org/x", True),
+        ("https://proxy.example/?" + "a=b&" * 3000 + "u=https://evil.org", True),
+        ("https://ev\u00adil.org/", True),
+        ("https://example.org/evil.org.html", False),
+        ("https://my-evil.org/", False),
         ("gupezo", False),
         ("", False),
         ("https://", False),
@@ -73,10 +82,18 @@ def test_benchmark_hosts_are_known_by_name() -> None:
     hosts = Hosts(["benchmarks"])
     assert hosts.blocks("https://datasets-server.huggingface.co/rows?dataset=x")
     assert hosts.blocks("https://raw.githubusercontent.com/openai/simple-evals/main/data.csv")
+    assert hosts.blocks("https://api.github.com/repos/openai/simple-evals/contents")
+    assert hosts.blocks("https://cdn.jsdelivr.net/gh/openai/simple-evals@main/README.md")
+    assert hosts.blocks("https://thudm.github.io/carr/") and hosts.blocks("https://xbench-ai.github.io")
+    assert hosts.blocks("https://huggingface-co.translate.goog/datasets/x?_x_tr_sl=en")
     assert not hosts.blocks("https://github.com/openai/openai-python")
+    assert not hosts.blocks("https://cdn.jsdelivr.net/gh/openai/simple-evals-2")
+    assert not hosts.blocks("https://openai.github.io/openai-python")
     assert all(hosts.blocks(f"https://{place}/x") for place in BENCHMARK_HOSTS)
     with pytest.raises(ValueError, match="empty entry"):
         GuardConfig(hosts=["evil.org", " "])
+    with pytest.raises(ValueError, match="without its host"):
+        GuardConfig(hosts=["/data"])
 
 
 def test_blocked_pages_are_neither_found_nor_asked_for() -> None:
@@ -94,6 +111,27 @@ def test_blocked_pages_are_neither_found_nor_asked_for() -> None:
     event = play(unasked, [("open", {"doc_id": "[https://evil.org:443/x]"})])[0]
     assert event.error == "leak_guard" and "may not be read" in event.text
     assert unasked.journal.entries[0].masks[0].rule == "host"
+
+
+def test_what_a_search_finds_on_blocked_hosts_is_not_fetched() -> None:
+    class Live(Broken):
+        async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
+            return [[Hit("https://evil.org/1", 1.0), Hit("https://good.org/2", 0.5)] for _ in queries]
+
+        async def get(self, ids: Sequence[str]) -> list[Document | None]:
+            assert list(ids) == ["https://good.org/2"]
+            return [Document(i, "T", "Gupezo") for i in ids]
+
+    config = SandboxConfig(guard=GuardConfig(hosts=["evil.org"]))
+    shown = Session(Live(), config, guard=guard_of(config, Task("t", "Who?")))
+    assert [s.doc_id for s in play(shown, [("search", {"query": "x"})])[0].seen] == ["https://good.org/2"]
+    assert shown.journal.masked() == {("host", "https://evil.org/1"): 1}
+
+
+def test_a_question_escaped_in_an_id_is_a_leak() -> None:
+    config = SandboxConfig(leak_guard="question")
+    page = Document("https://x.org/?q=who%20was%20the%20mentor", "T", "Text.")
+    assert play(session(config, Task("t", "Who was the mentor?"), page), [("open", {"doc_id": page.id})])[0].error
 
 
 def test_rules_compose_in_order() -> None:

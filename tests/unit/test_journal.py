@@ -37,6 +37,15 @@ def test_entries_reach_the_sink_as_they_are_made() -> None:
     assert json.loads(json.dumps(journal.rows()))[0]["arguments"] == {"doc_id": "a"}
 
 
+def test_a_journal_that_keeps_nothing_counts_and_tells_its_sink() -> None:
+    told: list[int] = []
+    for journal in (Journal(keep=False), Journal(lambda entry, event: told.append(entry.index), keep=False)):
+        for _ in range(3):
+            journal.add(ToolEvent(ToolCall("open"), "text"), **FACTS)
+        assert journal.count == 3 and journal.entries == []
+    assert told == [0, 1, 2]
+
+
 def test_masks_and_faults_tell_journals_apart_but_time_does_not() -> None:
     def journal(**facts: object) -> Journal:
         made = Journal()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.types import Document, Task, ToolEvent
+from agents.types import Document, Nugget, Task, ToolEvent
 from envs.config import FaultConfig, GuardConfig, SandboxConfig
 from envs.faults import FaultyBackend
 from envs.guard import guard_of
@@ -47,6 +48,14 @@ def guarded(
         ("बिल", "बल और बिल", f"बल और {MASK}"),
         ("Lomi\u00adtave", "Lomi\u200btave", MASK),
         ("?!", "nothing?!", "nothing?!"),
+        ("Lech Wałęsa", "Lech Walesa, LECH WAŁĘSA", f"{MASK}, {MASK}"),
+        ("Søren", "Soren, Sǿren", f"{MASK}, {MASK}"),
+        ("Aesir", "the Æsir", f"the {MASK}"),
+        ("Lech Wałęsa", "see /wiki/Lech_Wa%C5%82%c4%99sa.", f"see /wiki/{MASK}."),
+        ("Wałęsa", "/Wa%25C5%2582%25C4%2599sa", f"/{MASK}"),
+        ("Beyoncé", "/Beyonc%E9", f"/{MASK}"),
+        ("Li", "/%20Li%20x %4c%69", f"/%20{MASK}%20x {MASK}"),
+        ("abacus", "100%abacus and 5% of ABACUS", f"100%{MASK} and 5% of {MASK}"),
     ],
 )
 def test_redaction_by_hand(name: str, text: str, shown: str) -> None:
@@ -182,6 +191,54 @@ def test_a_chain_whose_pages_are_the_hidden_entities_can_be_walked() -> None:
     }
     assert first.seen[0].text == "Depends on barlib." and other.seen[0].text.startswith(f"barlib and {MASK}")
     assert play(session, [("open", {"doc_id": "barlib"})])[0].seen[0].text.endswith("libfoo.")
+
+
+@pytest.mark.parametrize("how", ["redact", "drop"])
+@pytest.mark.parametrize(
+    "doc_id", ["https://x.org/Wa%C5%82%C4%99sa", "https://x.org/?q=https%3A%2F%2Fy.org%2FWa%25C5%2582esa"]
+)
+def test_an_escaped_name_in_an_id_hides_the_page(how: str, doc_id: str) -> None:
+    session = guarded(how, Task("t", "Who?", ("Wałęsa",)), [Document(doc_id, "Page", "He led the strike.")])
+    found, opened = play(session, [("search", {"query": "strike"}), ("open", {"doc_id": doc_id})])
+    assert not found.seen and opened.error == "not_found"
+
+
+def test_a_chain_of_pages_without_names_for_ids_is_masked_by_its_statements() -> None:
+    documents = [
+        Document("https://x.org/1", "Alphaton", "Alphaton lies on the Betaburg road."),
+        Document("https://x.org/2", "Betaburg", "Betaburg is twinned with Gammaville."),
+        Document("x", "Side page", "Alphaton, Betaburg and Gammaville lie on one road."),
+    ]
+    stated = [{"subject": "<E1>", "object": "<E2>"}, {"subject": "<E2>", "object": "<E0>"}]
+    oracle = {"entities": {"E1": "Alphaton", "E2": "Betaburg", "E0": "Gammaville"}, "statements": stated}
+    pages = ("https://x.org/1", "https://x.org/2")
+    nuggets = tuple(Nugget("said", doc_ids=(page,)) for page in pages)
+    task = Task("t", "Which road?", ("Gammaville",), gold_docs=pages, oracle=oracle, nuggets=nuggets)
+    side = ("open", {"doc_id": "x"})
+    calls = [
+        ("search", {"query": "road"}),
+        side,
+        ("open", {"doc_id": pages[0]}),
+        side,
+        ("open", {"doc_id": pages[1]}),
+        side,
+    ]
+    found, *events = play(guarded("chain", task, documents), calls)
+    assert {s.doc_id for s in found.seen} == {"x", pages[0]} and not any(
+        n in found.text for n in ("Alpha", "Beta", "Gamma")
+    )
+    assert [e.seen[0].text for e in events] == [
+        f"{MASK}, {MASK} and {MASK} lie on one road.",
+        documents[0].text,
+        f"Alphaton, Betaburg and {MASK} lie on one road.",
+        documents[1].text,
+        documents[2].text,
+    ]
+    unplaced = replace(task, nuggets=(), oracle={**oracle, "statements": []})
+    first = play(guarded("chain", unplaced, documents), [("open", {"doc_id": pages[0]}), side])[1]
+    assert first.seen[0].text == f"{MASK}, {MASK} and {MASK} lie on one road.", (
+        "a name without a place waits for the end"
+    )
 
 
 def test_a_chain_without_an_oracle_masks_the_answer_until_the_last_page() -> None:

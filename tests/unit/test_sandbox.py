@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from envs.masks import Masked, Sight
 from envs.passages import matches, pages
 from envs.sandbox import Session
 from retrieval.backend import BackendConfig, IndexedBackend, build_backend
-from retrieval.snippets import lead, window
+from retrieval.snippets import lead, snippet, window
 
 LONG = "".join(f"Sentence number {i} stands here. " for i in range(1000))
 DOCS = [
@@ -114,6 +115,37 @@ def test_a_snippet_keeps_its_tokens(text: str, tokens: int, chars: int) -> None:
     session = Session(Chunked(Document("d", "T", text), None), config, count_tokens=lambda t: 2 * len(t))
     found = run(session, "search", query="a b").seen[0].text
     assert 2 * len(found) <= tokens and len(found) <= chars
+
+
+def test_long_texts_are_searched_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, set[int]] = {"snippet": set(), "matches": set()}
+
+    def watched(name: str, real: Any) -> Any:
+        def call(text: str, *args: Any, **more: Any) -> Any:
+            threads[name].add(threading.get_ident())
+            return real(text, *args, **more)
+
+        return call
+
+    monkeypatch.setattr("envs.sandbox.snippet", watched("snippet", snippet))
+    monkeypatch.setattr("envs.sandbox.matches", watched("matches", matches))
+    session = Session(Chunked(DOCS[2], None))
+    (
+        run(session, "search", query="number"),
+        run(session, "open", doc_id="long"),
+        run(session, "find", pattern="number 7 "),
+    )
+    assert all(found and threading.get_ident() not in found for found in threads.values())
+
+
+def test_a_session_remembers_so_many_characters_and_asks_anew_beyond() -> None:
+    session = Session(backend(), kept_chars=len(LONG) + 10)
+    for doc_id in ("gupezo", "long", "long", "gupezo"):
+        assert not run(session, "open", doc_id=doc_id).error
+    assert [e.cached for e in session.journal.entries] == [False, False, True, False]
+    none = Session(backend(), kept_chars=0)
+    assert len(run(none, "search", query="Gupezo", k=3).seen) == 3
+    assert "Badokiru" in run(none, "open", doc_id="gupezo").text
 
 
 def test_a_failed_open_leaves_the_last_page() -> None:
@@ -400,8 +432,8 @@ def test_pages_put_together_are_the_text(text: str, page_chars: int) -> None:
 @given(st.text(max_size=300), st.text(max_size=30), st.integers(1, 80))
 def test_snippets_keep_their_limit_and_come_from_the_text(text: str, query: str, limit: int) -> None:
     flat = " ".join(text.split())
-    for snippet in (lead(text, limit), window(text, query, limit)):
-        assert len(snippet) <= limit and snippet in flat
+    for shown in (lead(text, limit), window(text, query, limit)):
+        assert len(shown) <= limit and shown in flat
 
 
 def test_long_titles_and_ids_never_fill_an_observation() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from envs import passages
 from retrieval import snippets
-from retrieval.snippets import MODES, one_line, snippet
+from retrieval.analysis import stems
+from retrieval.snippets import MODES, lead, one_line, snippet, window
 
 TEXT = (
     "Filler words come first. " * 30
@@ -26,6 +29,25 @@ def test_the_window_is_where_the_rare_words_of_the_query_are() -> None:
     assert "The rival of Badokiru is Gupezo." in snippet(TEXT, "who is the rival of Badokiru, filler?", 60)
     assert snippet(TEXT, "Badokiru", 60, mode="lead") == "Filler words come first. Filler words come first."
     assert snippet(TEXT, "unrelated", 60) == snippet(TEXT, "", 60, mode="lead")
+
+
+@given(
+    st.lists(st.sampled_from(["ab", "cd.", "e", "x" * 9, "ab!", "cd"]), max_size=60).map(" ".join),
+    st.sampled_from(["ab", "ab cd", "ab cd e", "x" * 9 + " cd"]),
+    st.integers(1, 60),
+)
+def test_the_window_holds_the_most_telling_words(text: str, query: str, limit: int) -> None:
+    hits = [hit for hit in stems(text) if hit[2] in query.split()]
+    weight = {term: 1.0 / sum(t == term for _, _, t in hits) for _, _, term in hits}
+
+    def score(begin: int) -> float:
+        return sum(weight[t] for t in sorted({t for s, e, t in hits if begin <= s and e <= begin + limit}))
+
+    begins = [0, *(m.end() for m in re.finditer(r"[.!?] +", text))]
+    starts = [max((b for b in begins if b <= s), default=0) for s, _, _ in hits]
+    passages = [b if s - b <= limit // 2 else s for b, (s, _, _) in zip(starts, hits, strict=True)]
+    best = max(passages, key=score, default=0)
+    assert window(text, query, limit) == (lead(text[best:], limit) if len(text) > limit else text)
 
 
 def test_the_passage_that_the_index_found_is_what_is_shown() -> None:
