@@ -21,7 +21,7 @@ import ray
 from agents.types import BackendInfo, Document, Hit, Query
 from cluster.errors import one_line
 from cluster.watchdog import Waits
-from retrieval.batching import Batcher, Item
+from retrieval.batching import AGAIN, Batcher, Item
 from retrieval.deadline import seconds_left
 from retrieval.engine import Found, Queries
 from retrieval.errors import DeadlineExceeded, RetrievalError, Unavailable
@@ -31,7 +31,7 @@ from retrieval.service import query_key
 _AGAIN_S = 0.1
 """Between two calls of an actor that is dead."""
 _NO_LIMIT_S = 3600.0
-_CALLS = 8
+_CALLS = 4
 """Calls of one client that are under way at once; what comes meanwhile shares the next."""
 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -120,8 +120,9 @@ class Replicas:
                     number, error = asked.pop(future), future.exception()
                     if error is None:
                         return future.result()
-                    if not isinstance(failure := as_retrieval_error(error), Unavailable):
-                        raise failure from None
+                    failure = as_retrieval_error(error)
+                    if isinstance(error, ray.exceptions.RayTaskError) or not isinstance(error, ray.exceptions.RayError):
+                        raise failure from None  # the process lives, and says so
                     trouble, self._down[number] = str(failure), time.monotonic() + 1
                 if done and not asked and all(down > time.monotonic() for down in self._down):
                     await asyncio.sleep(min(_AGAIN_S, seconds_left()))
@@ -154,7 +155,7 @@ class RouterClient:
     """`interfaces.Backend` over the retrieval actor, as a rollout worker sees it.
 
     What many episodes ask at the same time shares a call, since a call costs more than a query. Every query has its own deadline, which
-    the router is told, and its own outcome.
+    the router is told, and its own outcome; what has none yet when others of its call have is asked for again.
     """
 
     def __init__(self, handle: Any, info: BackendInfo, timeout_s: float, waits: Waits) -> None:
@@ -195,7 +196,9 @@ class RouterClient:
     async def _ask(self, batch: Sequence[Item[Query, tuple[Hit, ...]]]) -> Sequence[tuple[Hit, ...] | Exception]:
         now = time.monotonic()
         answers = await self._call("ask", [(item.question, item.until - now) for item in batch])
-        return [a if isinstance(a, Exception) else tuple(Hit(*hit) for hit in a) for a in answers]
+        return [
+            AGAIN if a is None else a if isinstance(a, Exception) else tuple(Hit(*hit) for hit in a) for a in answers
+        ]
 
     async def _fetch(self, batch: Sequence[Item[str, Document | None]]) -> Sequence[Document | Exception | None]:
         return await self._call("get", [item.question for item in batch], seconds_left(self._timeout_s))

@@ -37,7 +37,7 @@ from retrieval.deadline import time_limit
 from retrieval.engine import LocalShard, Queries, Shard
 from retrieval.errors import IndexMismatch, RetrievalError
 from retrieval.manifest import digest
-from retrieval.meter import Meter
+from retrieval.meter import Meter, metered, stage
 from retrieval.service import SearchService, ServiceConfig
 
 LASTING: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
@@ -45,6 +45,10 @@ LASTING: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
 REPLICA: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
 """The same, but a call under way fails at once, since somebody else can be asked."""
 SELF_QUERY = "self check"
+_PATIENCE_S, _COMPANY_S = 1.0, 0.05
+"""A call waits so long for its first answer, and then so long for the others."""
+_LOAD_S = 1.0
+"""Whose figures have not come by then is left out of them."""
 
 
 def opened(config: BackendConfig, directory: str, index: str) -> IndexFolder:
@@ -61,15 +65,23 @@ def opened(config: BackendConfig, directory: str, index: str) -> IndexFolder:
 class Part:
     """What all but the router have in common."""
 
+    def __init__(self) -> None:
+        self._meter = Meter()
+
     async def pulse(self) -> Pulse:
         """For the watchdog: it waits for nobody."""
         return pulse_of()
+
+    async def load(self) -> dict[str, float]:
+        """What it did since its start, and how long it took."""
+        return self._meter.figures()
 
 
 class IndexShard(Part):
     """One shard of one leg of an index."""
 
     def __init__(self, config: BackendConfig, directory: str, index: str, leg: str, number: int, threads: int) -> None:
+        super().__init__()
         folder = opened(config, directory, index)
         engine = folder.engine(leg, number)
         self._shard = LocalShard(engine, threads)
@@ -82,7 +94,7 @@ class IndexShard(Part):
         return os.getpid()
 
     async def search(self, texts: tuple[str, ...], vectors_QD: np.ndarray | None, k: int, left_s: float) -> Packed:
-        with time_limit(left_s):
+        with time_limit(left_s), metered(self._meter), stage("search"):
             return pack(await self._shard.search(Queries(texts, vectors_QD), k))
 
 
@@ -90,11 +102,15 @@ class QueryEncoder(Part):
     """Encodes queries; those that come at the same time are one batch."""
 
     def __init__(self, config: BackendConfig, directory: str, index: str, service: ServiceConfig) -> None:
+        super().__init__()
         self._encoder = LocalEncoder(opened(config, directory, index).encoder())
         self._batcher: Batcher[str, np.ndarray] = Batcher(
             self._encode, max_batch=service.max_batch, max_wait_s=service.max_wait_ms / 1000, max_queue=service.max_queue,
-            concurrency=1, batch_timeout_s=service.batch_timeout_s, meter=Meter(),
+            concurrency=self._encoder.at_once, batch_timeout_s=service.batch_timeout_s, meter=self._meter,
         )  # fmt: skip
+
+    async def load(self) -> dict[str, float]:
+        return await super().load() | {"queue_depth": float(self._batcher.depth)}
 
     async def ready(self) -> int:
         """Pid, once it has encoded."""
@@ -114,6 +130,7 @@ class PageStore(Part):
     """Serves documents."""
 
     def __init__(self, config: BackendConfig, directory: str, index: str) -> None:
+        super().__init__()
         self._pages = LocalPages(opened(config, directory, index).store())
 
     async def ready(self) -> int:
@@ -122,7 +139,7 @@ class PageStore(Part):
         return os.getpid()
 
     async def get(self, ids: Sequence[str], left_s: float) -> list[Document | None]:
-        with time_limit(left_s):
+        with time_limit(left_s), metered(self._meter), stage("get"):
             return await self._pages.get(ids)
 
 
@@ -152,6 +169,7 @@ class Retrieval:
     ) -> None:  # fmt: skip
         parts = Parts(opened(backend, directory, index), handles or {}, service.topology.slow_s) if index else None
         self._service = SearchService(open_backend(backend, directory, parts), service)
+        self._parts = {f"{name}.{i}": h for name, found in (handles or {}).items() for i, h in enumerate(found)}
         self._born = time.time()
         self._well = False
         self._trial: asyncio.Task[None] | None = None
@@ -168,9 +186,20 @@ class Retrieval:
             self._trial = asyncio.create_task(self._try())
         return pulse_of() if self._well else pulse_of("a search of its own", self._born)
 
-    async def ask(self, batch: Sequence[tuple[Query, float]]) -> list[PlainHits | RetrievalError]:
-        """The hits of each (query, seconds it is wanted for), or why there are none: one's error is not another's."""
-        return list(await asyncio.gather(*(self._answer(query, left_s) for query, left_s in batch)))
+    async def ask(self, batch: Sequence[tuple[Query, float]]) -> list[PlainHits | RetrievalError | None]:
+        """The hits of each (query, seconds it is wanted for), or why there are none: one's error is not another's.
+
+        None where there is no answer yet, since what is ready does not wait for what takes long: ask again, which joins the work.
+        """
+        tasks = [asyncio.ensure_future(self._answer(query, left_s)) for query, left_s in batch]
+        try:
+            ready, late = await asyncio.wait(tasks, timeout=_PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            if ready and late:
+                await asyncio.wait(late, timeout=_COMPANY_S)
+            return [task.result() if task.done() else None for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def get(self, ids: Sequence[str], left_s: float | None = None) -> list[Document | None]:
         return await self._service.get(ids, left_s)
@@ -179,8 +208,15 @@ class Retrieval:
         return self._service.stats()
 
     async def load(self) -> dict[str, float]:
-        """`stats` as a run's log names them."""
-        return {f"retrieval/{name}": value for name, value in self._service.stats().items()}
+        """`stats` as a run's log names them, and those of the processes that it leans on, by name."""
+        stats = self._service.stats()
+        asked = {asyncio.ensure_future(handle.load.remote()): name for name, handle in self._parts.items()}
+        for future in (await asyncio.wait(asked, timeout=_LOAD_S))[0] if asked else ():
+            if future.exception() is None:
+                stats |= {f"{asked[future]}/{name}": value for name, value in future.result().items()}
+        for future in asked:
+            future.cancel()
+        return {f"retrieval/{name}": value for name, value in stats.items()}
 
     async def _answer(self, query: Query, left_s: float) -> PlainHits | RetrievalError:
         try:

@@ -3,7 +3,7 @@
 Invariants:
 - A question equal to one that waits or runs shares its work; callers that time out or are cancelled do not disturb others.
 - At most `max_queue` distinct questions wait. A call that would exceed that is refused whole with Overloaded.
-- Every call ends within its time, by an answer or by an error; a question nobody waits for is not worked on.
+- Every call ends within its time, by an answer or by an error; a question nobody waits for is not worked on, and takes nobody's place.
 - A lone question waits for nobody: batches grow while others are at work.
 """
 
@@ -18,11 +18,13 @@ from contextvars import Context
 from typing import Generic, TypeVar
 
 from retrieval.deadline import time_limit
-from retrieval.errors import BadQuery, Closed, DeadlineExceeded, Overloaded, RetrievalError
+from retrieval.errors import BadQuery, Closed, DeadlineExceeded, Overloaded, RetrievalError, Unavailable
 from retrieval.meter import Meter, metered
 
 Q = TypeVar("Q")
 A = TypeVar("A")
+AGAIN = Unavailable("there is no answer yet")
+"""As an outcome: the question waits again, for the next batch."""
 
 
 class Item(Generic[Q, A]):
@@ -48,7 +50,7 @@ class Item(Generic[Q, A]):
 
 
 class Batcher(Generic[Q, A]):
-    """Answers questions by `work`, which gets a batch and returns one outcome per item: an answer, or an error as a value.
+    """Answers questions by `work`, which gets a batch and returns one outcome per item: an answer, an error as a value, or `AGAIN`.
 
     What `work` raises is the outcome of its whole batch. Belongs to one event loop; starts with the first call.
     """
@@ -86,6 +88,8 @@ class Batcher(Generic[Q, A]):
         if self._closed:
             raise Closed("the search service is closed")
         fresh = sum(key not in self._items for key in questions)
+        if len(self._queue) + fresh > self._max_queue:
+            self._queue = deque([i for i in self._queue if i.key in questions or not self._abandoned(i)])
         if len(self._queue) + fresh > self._max_queue:
             self._meter.counts["shed"] += len(questions)
             raise Overloaded(
@@ -146,10 +150,8 @@ class Batcher(Generic[Q, A]):
             batch: list[Item[Q, A]] = []
             while self._queue and len(batch) < self._max_batch:
                 item = self._queue.popleft()
-                if item.waiters > 0:
+                if not self._abandoned(item):
                     batch.append(item)
-                else:
-                    self._settle(item, DeadlineExceeded("nobody waits for this any more"))
             if not batch:
                 self._slots.release()
                 continue
@@ -178,8 +180,9 @@ class Batcher(Generic[Q, A]):
                 raise RetrievalError(f"{len(outcomes)} results came for {len(batch)} questions")
         except BadQuery as error:
             if len(batch) > 1:  # the fault of one of them, which is not the others'
-                for item in batch:
-                    await self._attempt([item], end)
+                for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                    if wanted := [item for item in half if not self._abandoned(item)]:
+                        await self._attempt(wanted, end)
             else:
                 self._settle(batch[0], error)
         except (TimeoutError, DeadlineExceeded) as error:
@@ -198,7 +201,17 @@ class Batcher(Generic[Q, A]):
         else:
             self._meter.took("batch", began)
             for item, outcome in zip(batch, outcomes, strict=True):
-                self._settle(item, outcome)
+                if outcome is AGAIN:
+                    self._queue.append(item)
+                    self._arrived.set()
+                else:
+                    self._settle(item, outcome)
+
+    def _abandoned(self, item: Item[Q, A]) -> bool:
+        """Whether nobody waits for it any more, which ends it."""
+        if not item.waiters:
+            self._settle(item, DeadlineExceeded("nobody waits for this any more"))
+        return not item.waiters
 
     def _settle(self, item: Item[Q, A], outcome: A | Exception) -> None:
         self._items.pop(item.key, None)

@@ -40,7 +40,6 @@ class Bm25Engine:
     """`retrieval.engine.Engine` over an index folder."""
 
     wants_vectors = False
-    shardable = False
 
     def __init__(self, config: Bm25Config, directory: Path) -> None:
         """Opens a folder. Raises RetrievalError."""

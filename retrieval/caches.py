@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -23,9 +24,6 @@ class Cache(Generic[T]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._kept
-
     def get(self, key: Hashable) -> T | None:
         found = self._kept.get(key)
         if found is None:
@@ -46,5 +44,6 @@ class Cache(Generic[T]):
 
 
 def page_bytes(page: Document) -> int:
-    """What a page takes in memory, about: its texts as they lie there, and its small fields as 1 KiB."""
-    return sys.getsizeof(page.text) + sys.getsizeof(page.title) + 1024
+    """What a page takes in memory, about: its texts as they lie there, its other fields by the length of their JSON, and 1 KiB."""
+    fields = len(json.dumps(dict(page.meta), default=str)) if page.meta else 0
+    return sys.getsizeof(page.text) + sys.getsizeof(page.title) + fields + 1024

@@ -48,13 +48,18 @@ class HfEncoder:
         self.normalize = not dot if config.normalize is None else config.normalize
         self.max_length = config.max_length or self._own_length(settings)
         text = settings.get("text_config") or settings
+        positions = int(text.get("max_position_embeddings") or 0)
+        if config.max_length > positions > 0:
+            raise RetrievalError(
+                f"encoder model {config.model} reads {positions} tokens, encoder.max_length asks for {config.max_length}; lower it"
+            )
         width = int(next((text[k] for k in ("hidden_size", "d_model", "dim") if text.get(k)), 0))
         if not width or config.dim > width:
             raise RetrievalError(
                 f"encoder model {config.model} has {width} dimensions, encoder.dim asks for {config.dim}"
             )
         self.dim = config.dim or width
-        self._weights = _weights_digest(self._folder)
+        self._weights = weights_digest(self._folder)
         self._lock = threading.Lock()
         self._loaded: tuple[Any, Any, Any] | None = None
 
@@ -99,7 +104,13 @@ class HfEncoder:
             )["input_ids"]
             most = self.config.batch_tokens or (_CPU_TOKENS if model.device.type == "cpu" else _GPU_TOKENS)
             for batch in _batches([len(ids) for ids in encoded], most):
-                pooled_BD = self._forward(torch, model, [encoded[j] for j in batch], tokenizer.pad_token_id)
+                try:
+                    pooled_BD = self._forward(torch, model, [encoded[j] for j in batch], tokenizer.pad_token_id)
+                except (RuntimeError, IndexError) as error:
+                    raise RetrievalError(
+                        f"encoder model {self.config.model} fails on {len(batch)} texts of {len(encoded[batch[0]])} tokens "
+                        f"({_line(error)[:200]}); lower encoder.max_length or encoder.batch_tokens"
+                    ) from None
                 vectors_ND[[rows[j] for j in batch]] = pooled_BD[:, : self.dim]
         return unit(vectors_ND) if self.normalize else vectors_ND
 
@@ -148,38 +159,41 @@ class HfEncoder:
                 if hasattr(model.config, "use_cache"):
                     model.config.use_cache = False
                 self._loaded = torch, tokenizer, model.to(device).eval()
-            except (OSError, ValueError, AttributeError, RuntimeError, ImportError) as error:
+            except Exception as error:  # a cut or foreign file has a type of error for each library that reads it
                 raise RetrievalError(f"encoder model {c.model} cannot be loaded: {_line(error)}") from None
         return self._loaded
 
 
-def find_model(model: str, revision: str = "") -> Path:
-    """The folder of a model: a folder, inside a package (`package:NAME`), or of the hub, which downloads it. Raises RetrievalError."""
+def find_model(model: str, revision: str = "", *, what: str = "encoder") -> Path:
+    """The folder of a model: a folder, inside a package (`package:NAME`), or of the hub, which downloads it.
+
+    Raises RetrievalError, whose message names the setting `what.model`.
+    """
     if model.startswith("package:"):
         name = model.removeprefix("package:")
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
         if spec is None or spec.origin is None:
             raise RetrievalError(
-                f"encoder.model {model}: package {name} is not installed; pip install {name.replace('_', '-')}"
+                f"{what}.model {model}: package {name} is not installed; pip install {name.replace('_', '-')}"
             )
         root = Path(spec.origin).parent
         for path in (root, *sorted(p for p in root.iterdir() if p.is_dir())):
             if (path / "config.json").exists():
                 return path
-        raise RetrievalError(f"encoder.model {model}: package {name} holds no folder with a config.json")
+        raise RetrievalError(f"{what}.model {model}: package {name} holds no folder with a config.json")
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise RetrievalError(
-            f"encoder.model {model} is not a folder; give a folder, package:NAME or a model id such as org/name"
+            f"{what}.model {model} is not a folder; give a folder, package:NAME or a model id such as org/name"
         )
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(model, revision=revision or None, allow_patterns=list(_FILES)))
     except Exception as error:
-        raise RetrievalError(f"encoder.model {model} is no folder and cannot be downloaded: {_line(error)}") from None
+        raise RetrievalError(f"{what}.model {model} is no folder and cannot be downloaded: {_line(error)}") from None
 
 
 def _modules(folder: Path) -> tuple[str, bool]:
@@ -218,13 +232,13 @@ def _json(folder: Path, name: str, *, needed: bool = False, default: Any = None)
         raise RetrievalError(f"encoder model: {path} cannot be read ({_line(error)}); is it a model folder?") from None
 
 
-def _weights_digest(folder: Path) -> str:
+def weights_digest(folder: Path, *, what: str = "encoder") -> str:
     """Names, sizes and samples of the weights, and the files that decide what they see: a cheap stand-in for their hash."""
     digest = hashlib.blake2b(digest_size=12)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise RetrievalError(
-            f"encoder model {folder} holds no safetensors weights; convert them (pickled ones are not read)"
+            f"{what} model {folder} holds no safetensors weights; convert them (pickled ones are not read)"
         )
     for path in weights:
         size = path.stat().st_size

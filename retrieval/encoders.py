@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from retrieval.analysis import ANALYSIS, words
+from retrieval.errors import RetrievalError
 
 _IDF_BUCKETS = 1 << 16
 _MAX_CACHED_WORDS = 500_000
@@ -149,6 +150,16 @@ def unit(vectors_ND: np.ndarray) -> np.ndarray:
     """Vectors of length 1; those of length 0 stay. float32 [N, D]"""
     lengths_N = np.sqrt(np.square(vectors_ND, dtype=np.float64).sum(axis=1, keepdims=True))
     return np.divide(vectors_ND, lengths_N, where=lengths_N > 0, out=np.zeros(vectors_ND.shape)).astype(np.float32)
+
+
+def checked(vectors_ND: np.ndarray, rows: int, dim: int) -> np.ndarray:
+    """The vectors, if they are finite and [rows, dim]. Raises RetrievalError: an index of others finds nonsense."""
+    if vectors_ND.shape != (rows, dim) or not np.isfinite(vectors_ND).all():
+        raise RetrievalError(
+            f"the encoder gave vectors of shape {vectors_ND.shape} for {rows} texts in {dim} dimensions, or numbers that are not "
+            "finite; check encoder.model, and encoder.dtype if it is half precision"
+        )
+    return vectors_ND
 
 
 class HashingEncoder:

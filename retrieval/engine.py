@@ -13,13 +13,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from retrieval.errors import Closed
+from retrieval.deadline import seconds_left
+from retrieval.errors import Closed, DeadlineExceeded
 
 T = TypeVar("T")
 
@@ -83,7 +85,10 @@ class LocalShard:
 
 
 class Threads:
-    """Where blocking work runs. Raises Closed after `close`, which may be called twice."""
+    """Where blocking work runs, which knows the time limit of who asked (`retrieval.deadline`); past it, nothing is begun.
+
+    Raises DeadlineExceeded for that, and Closed after `close`, which may be called twice.
+    """
 
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix="retrieval")
@@ -92,12 +97,18 @@ class Threads:
     async def run(self, work: Callable[[], T]) -> T:
         if self._closed:
             raise Closed("the retrieval backend is closed")
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, _in_time, work)
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_time(work: Callable[[], T]) -> T:
+    if not seconds_left():
+        raise DeadlineExceeded("the request's time ran out before a thread was free for it")
+    return work()
 
 
 def merge(parts: Sequence[Found], first_rows: Sequence[int], k: int) -> Found:

@@ -14,6 +14,7 @@ import numpy as np
 
 from agents.types import BackendInfo, Document, Hit, Query
 from retrieval.docstore import DocStore
+from retrieval.encoders import checked
 from retrieval.engine import Found, Queries, Shard, Threads, merge
 from retrieval.errors import BadQuery
 from retrieval.meter import stage
@@ -54,18 +55,26 @@ class LocalPages:
 
 
 class LocalEncoder:
-    """An encoder of this process, in a thread of its own."""
+    """An encoder of this process, in a thread of its own; one that has `ask_queries`, since others do its work, needs none."""
 
     def __init__(self, encoder: Any) -> None:
         self._encoder = encoder
         self._threads = Threads(1)
+        self.at_once: int = encoder.config.concurrency if hasattr(encoder, "ask_queries") else 1
+        """Batches that are worth encoding at once."""
 
     async def encode(self, texts: Sequence[str]) -> np.ndarray:
-        vectors_QD: np.ndarray = await self._threads.run(lambda: self._encoder.encode_queries(texts))
-        return vectors_QD
+        """float32 [N, dim], all finite. Raises what the encoder raises, and RetrievalError for numbers that are none."""
+        if hasattr(self._encoder, "ask_queries"):
+            vectors_QD = await self._encoder.ask_queries(texts)
+        else:
+            vectors_QD = await self._threads.run(lambda: self._encoder.encode_queries(texts))
+        return checked(vectors_QD, len(texts), self._encoder.dim)
 
     async def close(self) -> None:
         self._threads.close()
+        if hasattr(self._encoder, "close"):
+            await self._encoder.close()
 
 
 class IndexedBackend:

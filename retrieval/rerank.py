@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 from agents.interfaces import Backend
 from agents.types import BackendInfo, Document, Hit, Query
 from retrieval.asking import Asker, HttpConfig, Reply, json_of, said
+from retrieval.deadline import seconds_left
 from retrieval.engine import Threads
-from retrieval.errors import BadQuery, RetrievalError
+from retrieval.errors import BadQuery, DeadlineExceeded, RetrievalError
 from retrieval.manifest import digest
 from retrieval.snippets import snippet
 
@@ -95,6 +96,7 @@ class RerankedBackend:
     def __init__(self, backend: Backend, config: RerankConfig, scorer: Scorer | None = None) -> None:
         self._backend, self._config = backend, config
         self._scorer = make_scorer(config) if scorer is None else scorer
+        self._threads = Threads(1)
 
     def info(self) -> BackendInfo:
         inner = self._backend.info()
@@ -119,7 +121,13 @@ class RerankedBackend:
         """Documents in the order asked, None where an id is unknown."""
         return await self._backend.get(ids)
 
+    def stats(self) -> dict[str, float]:
+        """Those of the backend below: whoever keeps results must hear that it served without a part of itself."""
+        stats = getattr(self._backend, "stats", None)
+        return {} if stats is None else dict(stats())
+
     async def close(self) -> None:
+        self._threads.close()
         await self._scorer.close()
         await self._backend.close()
 
@@ -127,11 +135,18 @@ class RerankedBackend:
         known = [(hit, page) for hit in hits if (page := pages[hit.doc_id]) is not None]
         if not known:
             return []
-        most = self._config.max_length * _CHARS_PER_TOKEN
-        passages = [f"{p.title}\n{snippet(p.text, query.text, most, span=h.span)}".strip() for h, p in known]
+        passages = await self._threads.run(lambda: self._passages(query, known))
         scores = await self._scorer.score(query.text, passages)
         scored = [Hit(h.doc_id, score, h.span) for (h, _), score in zip(known, scores, strict=True)]
         return sorted(scored, key=lambda h: (-h.score, h.doc_id))[: query.k]
+
+    def _passages(self, query: Query, known: Sequence[tuple[Hit, Document]]) -> list[str]:
+        most, passages = self._config.max_length * _CHARS_PER_TOKEN, []
+        for hit, page in known:
+            if not seconds_left():  # long pages take long, and a thread cannot be stopped from outside
+                raise DeadlineExceeded("the request's time ran out while its pages were read")
+            passages.append(f"{page.title}\n{snippet(page.text, query.text, most, span=hit.span)}".strip())
+        return passages
 
 
 class CrossEncoder:
@@ -139,13 +154,10 @@ class CrossEncoder:
 
     def __init__(self, config: RerankConfig) -> None:
         """Finds the model, without reading its weights. Raises RetrievalError."""
-        from retrieval.encode_hf import _weights_digest, find_model
+        from retrieval.encode_hf import find_model, weights_digest
 
-        try:
-            self._folder: Path = find_model(config.model)
-            self._weights = _weights_digest(self._folder)
-        except RetrievalError as error:
-            raise RetrievalError(str(error).replace("encoder", "rerank")) from None
+        self._folder: Path = find_model(config.model, what="rerank")
+        self._weights = weights_digest(self._folder, what="rerank")
         self._config = config
         self._threads = Threads(1)
         self._loaded: tuple[Any, Any, Any, tuple[int, int] | None] | None = None

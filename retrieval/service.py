@@ -213,6 +213,8 @@ class SearchService:
         text = " ".join(unicodedata.normalize("NFC", query.text).split())
         if not text:
             raise BadQuery("the query is empty")
+        if text.encode(errors="ignore").decode() != text:
+            raise BadQuery("the query has half a character (a lone surrogate), which no text may hold")
         if len(text) > self.config.max_query_chars:
             raise BadQuery(f"the query has {len(text)} characters, {self.config.max_query_chars} are allowed")
         if query.k < 1:

@@ -2,7 +2,7 @@
 
 Invariants: the file is a `.npy` array of its final shape that grows by whole blocks; what is written is never touched again, a
 half-written block is cut off; blocks always begin at the same rows, so an interrupted encoding gives the bytes of one that
-was not (where the encoder itself is repeatable for equal batches). A file that another encoder began is refused.
+was not (where the encoder itself is repeatable for equal batches). A file that another encoder began is begun anew.
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from retrieval.encoders import Encoder
-from retrieval.errors import IndexMismatch, RetrievalError
-
-BLOCK = 2048
-"""Rows of a block. The encoder sorts them by length, so more of them need less padding."""
+from retrieval.encoders import Encoder, checked
+from retrieval.errors import RetrievalError
 
 
 def encode_rows(
@@ -30,29 +27,22 @@ def encode_rows(
     num_rows: int,
     path: Path,
     *,
+    block: int,
     corpus: str = "",
-    dtype: str = "float32",
-    block: int = BLOCK,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """The vectors of all rows, memory-mapped, [num_rows, dim]; encodes those that the file does not hold yet.
 
-    `texts(first)` yields the texts of the rows from `first` on; `corpus` names what they are of; `progress(done, total)` is called
-    after each block, and once before. Beside `path` stands `path` + `.json`, which says whose vectors they are. Raises
-    IndexMismatch (both values named) when the file belongs to others, RetrievalError when the texts are fewer or more than
-    `num_rows`, and what the encoder raises.
+    `texts(first)` yields the texts of the rows from `first` on, `block` of which are encoded at a time; `corpus` names what they
+    are of; `progress(done, total)` is called after each block, and once before. Beside `path` stands `path` + `.json`, which says
+    whose vectors they are. Raises RetrievalError when the texts are fewer or more than `num_rows`, and what the encoder raises.
     """
-    if dtype not in ("float32", "float16"):
-        raise ValueError(f"vectors of dtype {dtype!r} are not known; known: float32, float16")
-    about = {
-        "corpus": corpus, "rows": num_rows, "dim": encoder.dim, "dtype": dtype, "block": block, **_flat(encoder.spec())
-    }  # fmt: skip
-    _check(path, about)
+    _claim(path, {"corpus": corpus, "rows": num_rows, "block": block, "encoder": encoder.spec()})
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
-        header, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (num_rows, encoder.dim)}
+        header, {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": (num_rows, encoder.dim)}
     )
-    start, width = len(header.getvalue()), np.dtype(dtype).itemsize * encoder.dim
+    start, width = len(header.getvalue()), 4 * encoder.dim
     with path.open("ab") as file:
         done = min(num_rows, max(0, file.tell() - start) // width)
         if done < num_rows:
@@ -71,7 +61,9 @@ def encode_rows(
                     raise RetrievalError(f"the corpus gave {done} texts for {num_rows} rows; build the index again")
                 if done + len(batch) == num_rows and next(stream, None) is not None:
                     raise RetrievalError(f"the corpus gave more texts than {num_rows} rows; build the index again")
-                vectors_BD = np.ascontiguousarray(encoder.encode_documents(batch), dtype=dtype)
+                vectors_BD = checked(
+                    np.ascontiguousarray(encoder.encode_documents(batch), dtype=np.float32), len(batch), encoder.dim
+                )
                 file.write(vectors_BD.tobytes())
                 file.flush()
                 done += len(batch)
@@ -82,28 +74,13 @@ def encode_rows(
     return vectors_ND
 
 
-def _check(path: Path, about: dict[str, Any]) -> None:
-    """Refuses a file that others began; says whose it is when it is new."""
+def _claim(path: Path, about: dict[str, Any]) -> None:
+    """Says whose the file is; one that others began, or nobody knows who, goes."""
     note = path.with_name(path.name + ".json")
-    try:
-        begun = json.loads(note.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        begun = None
-    except (OSError, ValueError) as error:
-        raise RetrievalError(f"{note} cannot be read ({error}); delete it and {path.name} to encode anew") from None
-    if begun is None:
-        path.unlink(missing_ok=True)
-        part = note.with_name(note.name + ".part")
-        part.write_text(json.dumps(about, indent=1, sort_keys=True), encoding="utf-8")
-        part.replace(note)
-    elif begun != about:
-        wrong = [
-            f"{k}: begun with {begun.get(k)!r}, now {about.get(k)!r}"
-            for k in sorted(begun.keys() | about.keys())
-            if begun.get(k) != about.get(k)
-        ]
-        raise IndexMismatch(f"vectors {path} belong to others: {'; '.join(wrong)}; delete them or mend the config")
-
-
-def _flat(spec: dict[str, Any]) -> dict[str, Any]:
-    return {f"encoder.{k}": v for k, v in json.loads(json.dumps(spec)).items()}
+    wanted = json.dumps(about, indent=1, sort_keys=True)
+    if note.exists() and note.read_bytes() == wanted.encode():
+        return
+    path.unlink(missing_ok=True)
+    part = note.with_name(note.name + ".part")
+    part.write_text(wanted, encoding="utf-8")
+    part.replace(note)

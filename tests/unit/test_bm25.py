@@ -94,7 +94,7 @@ def test_a_stored_index_is_opened_without_its_texts_and_can_be_copied(tmp_path: 
         opened = bm25.load(Bm25Config(), tmp_path / folder)
         assert (opened.num_rows, opened.spec()) == (50, built.spec())
         assert search(opened, "running to city 2", 9) == search(built, "running to city 2", 9) != []
-    assert built.shardable is False and built.wants_vectors is False
+    assert built.wants_vectors is False
 
 
 def test_what_is_no_index_is_refused_in_one_line(tmp_path: Path) -> None:

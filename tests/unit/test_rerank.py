@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +12,11 @@ import httpx
 import pytest
 
 from agents.types import BackendInfo, Document, Hit, Query
-from retrieval.errors import BadQuery, Closed, RetrievalError
+from retrieval.deadline import time_limit
+from retrieval.errors import BadQuery, Closed, DeadlineExceeded, RetrievalError
+from retrieval.hybrid import HybridBackend, HybridConfig
 from retrieval.rerank import CrossEncoder, EndpointScorer, RerankConfig, RerankedBackend, make_scorer
+from retrieval.service import SearchService
 
 
 class Pages:
@@ -81,6 +85,39 @@ async def test_the_passage_that_was_found_is_what_is_read() -> None:
     assert "cat" in scorer.read[0] and scorer.read[0].startswith("ta\n") and len(scorer.read[0]) <= 403
     await RerankedBackend(Pages({"a": long}, (0, 6)), RerankConfig("m"), scorer).search([Query("cat")])
     assert scorer.read[1] == "ta\nstart."
+
+
+async def test_long_pages_are_read_beside_the_event_loop_and_no_longer_than_wanted() -> None:
+    pages = Pages({f"p{i}": " ".join(f"word{j % 700} cat{j % 13}." for j in range(6000)) for i in range(30)})
+    scorer = CountsAs()
+    backend = RerankedBackend(pages, RerankConfig("m"), scorer)
+    asked = asyncio.create_task(backend.search([Query("word3 cat5")]))
+    turns = 0
+    while not asked.done():
+        await asyncio.sleep(0.001)
+        turns += 1
+    assert turns > 3 and len(scorer.read) == 30
+    with time_limit(0.05), pytest.raises(DeadlineExceeded):
+        await backend.search([Query(f"word{i} cat5") for i in range(20)])
+    await backend.close()
+    assert len(scorer.read) == 30
+
+
+async def test_what_a_degraded_hybrid_found_is_not_kept_below_a_reranker_either() -> None:
+    class Down(Pages):
+        async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
+            if self.texts["b"] == "down":
+                raise RetrievalError("down")
+            return await super().search(queries)
+
+    legs = {"x": Pages({"a": "cat"}), "y": Down({"b": "down"})}
+    hybrid = HybridBackend(legs, HybridConfig(legs=["x", "y"], degrade=True), Pages({"a": "cat", "b": "cat"}))
+    service = SearchService(RerankedBackend(hybrid, RerankConfig("m"), CountsAs()))
+    assert [h.doc_id for h in (await service.search([Query("cat")]))[0]] == ["a"]
+    legs["y"].texts["b"] = "cat"
+    assert [h.doc_id for h in (await service.search([Query("cat")]))[0]] == ["a", "b"]
+    assert service.stats()["degraded"] == 1
+    await service.close()
 
 
 def test_the_fingerprint_covers_backend_and_scorer() -> None:
@@ -187,8 +224,9 @@ async def test_models_that_cannot_rank_are_refused_in_one_line(tmp_path: Path) -
     with pytest.raises(RetrievalError, match=r"rerank\.model .* cannot be loaded") as caught:
         await CrossEncoder(RerankConfig(str(folder))).score("q", ["p"])
     assert "\n" not in str(caught.value)
+    folder = folder.rename(tmp_path / "my-encoder")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(RetrievalError, match=r"^rerank model .* holds no safetensors weights"):
+    with pytest.raises(RetrievalError, match=r"^rerank model .*/my-encoder holds no safetensors weights"):
         CrossEncoder(RerankConfig(str(folder)))
     with pytest.raises(RetrievalError, match=r"^rerank\.model \./nowhere is not a folder"):
         make_scorer(RerankConfig("./nowhere"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.types import BackendInfo, Document, Query
+from agents.types import BackendInfo, Document, Hit, Query
 from cluster import retrieval_actors
 from cluster.actors import Loads
 from cluster.replicas import Replicas, RouterClient, as_retrieval_error, pack, unpack
@@ -22,8 +24,9 @@ from cluster.retrieval_actors import IndexShard, PageStore, Parts, QueryEncoder,
 from cluster.watchdog import Waits
 from retrieval.backend import BackendConfig, build_backend, open_backend
 from retrieval.deadline import seconds_left, time_limit
-from retrieval.engine import Found
+from retrieval.engine import Found, LocalShard, Queries
 from retrieval.errors import BadQuery, DeadlineExceeded, IndexMismatch, Overloaded, RetrievalError, Unavailable
+from retrieval.manifest import digest
 from retrieval.service import SearchService, ServiceConfig, Topology
 
 DEAD = ray.exceptions.ActorDiedError()
@@ -120,6 +123,14 @@ async def test_what_a_replica_says_is_not_asked_of_another() -> None:
     assert handles[0].calls + handles[1].calls == 1
 
 
+async def test_a_replica_that_lives_and_lacks_something_is_not_taken_for_dead() -> None:
+    handles = [Handle(), Handle()]
+    handles[0].does = handles[1].does = raised(Unavailable("the embeddings server answers 503"))
+    with time_limit(5), pytest.raises(Unavailable, match="embeddings server answers 503"):
+        await Replicas("encoder", handles, slow_s=5).call("encode")
+    assert handles[0].calls + handles[1].calls == 1
+
+
 def test_errors_keep_their_type_or_get_one() -> None:
     assert type(as_retrieval_error(raised(Overloaded("full")))) is Overloaded
     assert type(as_retrieval_error(Overloaded("full"))) is Overloaded
@@ -188,6 +199,26 @@ async def test_equal_texts_are_encoded_once_and_come_back_in_order(index: str) -
     assert np.array_equal(one[0], two[1]) and np.array_equal(again, np.stack([one[0], one[0]]))
 
 
+async def test_a_shard_begins_no_search_that_comes_too_late(index: str) -> None:
+    shard = IndexShard(CONFIG, index, "", "faiss", 0, 1)
+    begun: list[float] = []
+    gate = threading.Event()
+
+    class Slow:
+        def search(self, queries: Queries, k: int) -> list[Found]:
+            begun.append(seconds_left())
+            assert gate.wait(60)
+            return []
+
+    shard._shard = LocalShard(Slow(), 1)  # type: ignore[arg-type]
+    asked = [asyncio.create_task(shard.search(("a",), None, 1, left_s)) for left_s in (60.0, 0.05, 0.05)]
+    await asyncio.sleep(0.1)
+    gate.set()
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(f) for f in found] == [tuple, DeadlineExceeded, DeadlineExceeded]
+    assert len(begun) == 1 and 0 < begun[0] <= 60
+
+
 def test_an_actor_that_comes_back_to_another_index_refuses(index: str) -> None:
     with pytest.raises(IndexMismatch, match="when this run began"):
         PageStore(CONFIG, index, "0" * 32)
@@ -232,8 +263,46 @@ async def test_a_router_is_well_after_a_search_of_its_own(router: Retrieval) -> 
 
 
 async def test_each_query_of_a_call_has_its_own_outcome(router: Retrieval) -> None:
-    found = await router.ask([(Query("colour 3"), 30.0), (Query("x" * 101), 30.0), (Query("thing4"), 0.0)])
+    found: list[Any] = [None]
+    while found[0] is None:  # errors come at once, and wait for nobody
+        found = await router.ask([(Query("colour 3"), 30.0), (Query("x" * 101), 30.0), (Query("thing4"), 0.0)])
     assert len(found[0]) == 5 and isinstance(found[1], BadQuery) and isinstance(found[2], DeadlineExceeded)
+
+
+async def test_the_router_tells_what_the_processes_it_leans_on_do(index: str) -> None:
+    handles = spread(index)
+    router = Retrieval(CONFIG, ServiceConfig(), index, digest(asdict(opened(CONFIG, index, "").manifest)), handles)
+    handles["faiss-2"][1].does = DEAD
+    while await router.ask([(Query("colour 3"), 30.0)]) == [None]:
+        pass
+    await router.get(["d001"], 30.0)
+    told = await router.load()
+    assert told["retrieval/encoder.0/batches"] >= 1 and told["retrieval/encoder.0/queue_depth"] == 0
+    assert told["retrieval/store.0/get_p50_ms"] > 0 and told["retrieval/queries"] >= 1
+    assert any(f"retrieval/faiss-0.{i}/search_p99_ms" in told for i in range(2))
+    assert not any("faiss-2.1" in name for name in told), "it is dead, and nobody waits for it"
+
+
+async def test_a_slow_query_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cancel", lambda reference: None)
+
+    class Service:
+        """Searches for as many seconds as the query says."""
+
+        async def search(self, queries: list[Query], left_s: float) -> list[list[Any]]:
+            await asyncio.sleep(float(queries[0].text))
+            return [[Hit(queries[0].text, 1.0)]]
+
+    router = object.__new__(Retrieval)
+    router._service = Service()  # type: ignore[assignment]
+    seen, handle = client(router)
+    slow = [asyncio.create_task(seen.search([Query(f"30.{i}")])) for i in range(8)]
+    fast = [asyncio.create_task(seen.search([Query(f"0.0{i}")])) for i in range(10)]
+    with time_limit(15):
+        assert [(await f)[0][0].doc_id for f in fast] == [f"0.0{i}" for i in range(10)]
+        assert (await seen.search([Query("0.5")]))[0][0].doc_id == "0.5"
+    assert not any(s.done() for s in slow) and handle.calls <= 20
+    await seen.close()
 
 
 def client(router: Any, timeout_s: float = 60.0) -> tuple[RouterClient, Handle]:

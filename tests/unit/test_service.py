@@ -230,6 +230,45 @@ async def test_a_bad_query_in_a_batch_is_not_the_others_fault() -> None:
     await service.close()
 
 
+async def test_the_others_of_a_bad_query_s_batch_are_soon_searched_and_only_while_they_are_wanted() -> None:
+    class Picky(Slow):
+        async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
+            found = await super().search(queries)
+            if any(q.text == "bad" for q in queries):
+                raise BadQuery("the index cannot read this query")
+            return found
+
+    backend = Picky(held=True)
+    service = SearchService(backend)
+    asked = [asyncio.create_task(service.search([Query(t, 1)])) for t in ["bad", *(f"q{i}" for i in range(31))]]
+    await asyncio.sleep(0.01)
+    asked[31].cancel()
+    await asyncio.sleep(0.01)
+    backend.gate.set()
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(f) for f in found] == [BadQuery, *[list] * 30, asyncio.CancelledError]
+    assert len(backend.batches) == 1 + 2 * 5, "halves of 32, not 32 times one"
+    assert Query("q30", 1) not in [q for batch in backend.batches[1:] for q in batch]
+    await service.close()
+
+
+async def test_questions_nobody_waits_for_take_nobody_s_place() -> None:
+    backend = Slow(held=True)
+    service = SearchService(backend, ServiceConfig(max_queue=4, concurrency=1))
+    first = asyncio.create_task(service.search([Query("first")]))
+    await asyncio.sleep(0.01)
+    for i in range(4):
+        with pytest.raises(DeadlineExceeded):
+            await service.search([Query(f"q{i}")], timeout_s=0.01)
+    assert service.stats()["queue_depth"] == 4
+    fresh = asyncio.create_task(service.search([Query("fresh"), Query("q1")]))
+    await asyncio.sleep(0.01)
+    backend.gate.set()
+    assert [hits[0].doc_id for hits in await fresh] == ["fresh", "q1"] and await first
+    assert [q.text for batch in backend.batches for q in batch] == ["first", "q1", "fresh"]
+    await service.close()
+
+
 async def test_stats_tell_of_batches_stages_and_errors() -> None:
     class Staged(Slow):
         async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
@@ -270,7 +309,7 @@ async def test_backend_errors_reach_the_waiters_and_are_not_cached() -> None:
 async def test_bad_queries_never_reach_the_batch() -> None:
     backend = Slow()
     service = SearchService(backend, ServiceConfig(max_query_chars=10))
-    for query in (Query(" "), Query("x", k=0), Query("x" * 11), Query("x", filters={"a": 1})):
+    for query in (Query(" "), Query("x", k=0), Query("x" * 11), Query("x", filters={"a": 1}), Query("\ud800")):
         with pytest.raises(BadQuery):
             await service.search([query])
     backend.capabilities = ("filters",)
@@ -324,7 +363,7 @@ async def test_pages_are_kept_by_their_bytes() -> None:
     class Long(Slow):
         async def get(self, ids: Sequence[str]) -> list[Document | None]:
             self.gets.append(list(ids))
-            return [Document(i, i, "x" * 400_000) for i in ids]
+            return [Document(i, i, "x" * 200_000, {"raw": ["y" * 200_000]}) for i in ids]
 
     backend = Long()
     service = SearchService(backend, ServiceConfig(page_cache_mb=1))
