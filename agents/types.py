@@ -637,6 +637,8 @@ class Hit:
     score: float
     span: tuple[int, int] | None = None
     """Character offsets of the best passage, when the backend knows it."""
+    preview: Document | None = None
+    """What to show of the document in a list of results, where the document itself takes long to have (pages of the live web)."""
 
 
 @dataclass(frozen=True)

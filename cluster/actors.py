@@ -21,6 +21,7 @@ from agents.types import BackendInfo, Group, Task, Version
 from cluster.buffer import Buffer, BufferSetup
 from cluster.errors import UserError, one_line
 from cluster.fleet import Fleet
+from cluster.judges import place as place_judges
 from cluster.model import resolve
 from cluster.retrieval_actors import LASTING, place
 from cluster.rollout import Play, RolloutWorker
@@ -46,7 +47,13 @@ class Actors:
         self.watchdog = Watchdog(config.watch)
         self.buffer: Any = None
         self.retrieval, self._leans_on = place(config.retrieval, config.service, corpus_dir)
-        self.reward = actor(RewardServer, **LASTING).remote(config.reward, config.judge)
+        whole = lambda path: str(resolve(path)) if path else ""  # noqa: E731 - actors have working directories of their own
+        judge = config.judge
+        judge = dataclasses.replace(
+            judge, cache_dir=whole(judge.cache_dir), record=whole(judge.record), replay=whole(judge.replay)
+        )
+        self.judges = {f"judge engine {i}": handle for i, handle in enumerate(place_judges(judge))}
+        self.reward = actor(RewardServer, **LASTING).remote(config.reward, judge, list(self.judges.values()))
         state = str(Path(segments) / "published.json") if segments else ""
         self.fleet = actor(Fleet, **LASTING).remote(config.fleet, engine, state)
         starting = self.fleet.start.remote()  # takes longest, so the others come up meanwhile
@@ -54,17 +61,17 @@ class Actors:
             self.up(f"retrieval's {name}", handle.ready.remote())
         self.info: BackendInfo = self.up("retrieval", self.retrieval.ready.remote())[1]
         workers = [self._new_worker().ready.remote() for _ in range(config.rollout.workers)]
-        self.up("the reward", self.reward.ready.remote())
+        self.up("the reward", self.reward.ready.remote(), config.judge.start_s if self.judges else 0.0)
         self.engine_pids: dict[str, list[int]] = self.up("the fleet", starting)
         for ready in workers:
             self.up("a rollout worker", ready)
         self._events = Poll(self.fleet.events.remote)
-        self.load = Loads(Poll(self.fleet.load.remote), Poll(self.retrieval.load.remote))
-        """How busy the engines were since the last answer, and what retrieval has to tell."""
+        self.load = Loads(*(Poll(busy.load.remote) for busy in (self.fleet, self.retrieval, self.reward)))
+        """How busy the engines were since the last answer, and what retrieval and the judge have to tell."""
         for name, handle in (("retrieval", self.retrieval), ("reward", self.reward), ("fleet", self.fleet)):
             self.watchdog.watch(name, handle)
-        for name, handle in self._leans_on.items():
-            self.watchdog.watch(f"retrieval's {name}", handle)
+        for name, handle in [*((f"retrieval's {n}", h) for n, h in self._leans_on.items()), *self.judges.items()]:
+            self.watchdog.watch(name, handle)
 
     def open_buffer(self, setup: BufferSetup) -> None:
         """The ledger, and with it the rollouts, which start as soon as there is room."""
@@ -102,15 +109,19 @@ class Actors:
             ray.get([w.stop.remote() for w in self._workers.values()], timeout=5)
         with contextlib.suppress(Exception):
             ray.get(self.fleet.shutdown.remote(), timeout=30)
-        others = [self.fleet, self.reward, self.retrieval, *self._leans_on.values(), self.buffer]
+        with contextlib.suppress(Exception):
+            ray.get([judge.close.remote() for judge in self.judges.values()], timeout=30)
+        others = [
+            self.fleet, self.reward, self.retrieval, *self._leans_on.values(), *self.judges.values(), self.buffer,
+        ]  # fmt: skip
         for handle in [*self._workers.values(), *others]:
             if handle is not None:
                 with contextlib.suppress(Exception):
                     ray.kill(handle)
 
-    def up(self, what: str, ready: Any) -> Any:
+    def up(self, what: str, ready: Any, at_least_s: float = 0.0) -> Any:
         """What an actor says when it has come up. Raises UserError when it does not."""
-        limit_s = self._config.watch.start_s
+        limit_s = max(self._config.watch.start_s, at_least_s)
         try:
             return ray.get(ready, timeout=limit_s)
         except ray.exceptions.RayActorError as error:

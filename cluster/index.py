@@ -89,19 +89,21 @@ def estimate_lines(backend: BackendConfig, corpus: Corpus, target: Path) -> tupl
 
     found = measure(backend, corpus)
     disk, memory, minutes = sum(found.disk_bytes.values()), found.memory_bytes, sum(found.seconds.values()) / 60
+    gpu = f", {_size(found.gpu_bytes)} of the GPUs" if found.gpu_bytes else ""
+    more = f"; {_size(found.build_disk_bytes)} more while it is built" if found.build_disk_bytes else ""
     place = next(p for p in (target, *target.parents) if p.exists())
     disk_free, memory_free = shutil.disk_usage(place).free, free_memory()
     about = "" if found.whole else "about "
     lines = [
         f"corpus   {about}{found.documents:,} documents, {about}{found.passages:,} passages",
-        f"disk     {_size(disk)}: " + ", ".join(f"{name} {_size(n)}" for name, n in found.disk_bytes.items()),
-        f"memory   {_size(memory)} to serve it fast (shared by the processes of a node), {_size(found.build_bytes)} more while it is built",
+        f"disk     {_size(disk)}: " + ", ".join(f"{name} {_size(n)}" for name, n in found.disk_bytes.items()) + more,
+        f"memory   {_size(memory)} to serve it fast (shared by the processes of a node){gpu}; {_size(found.build_bytes)} to build it",
         f"time     about {minutes:.1f} minutes: " + ", ".join(f"{k} {s / 60:.1f}" for k, s in found.seconds.items()),
     ]
     wrong = [
         f"{what} {_size(need)} is more than the {_size(free)} free {where}"
         for what, need, free, where in (
-            ("disk", disk, disk_free, f"at {place}"), ("memory", memory + found.build_bytes, memory_free, "here"),
+            ("disk", disk + found.build_disk_bytes, disk_free, f"at {place}"), ("memory", max(memory, found.build_bytes), memory_free, "here"),
         )
         if need > free
     ]  # fmt: skip

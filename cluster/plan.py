@@ -67,7 +67,10 @@ def _what(config: RunConfig, shape: ModelShape | None, joined: str) -> list[str]
         run = f"{folder}, {'which goes on, ' if resumed else ''}on {where}"
     except UserError:
         run = f"{config.resume or f'{config.storage_path}/{config.name}'}, on {where}"
-    judge = f"{config.judge.model} at {config.judge.base_url}" if config.judge.kind == "chat" else config.judge.kind
+    judge = {
+        "chat": f"{config.judge.model} at {config.judge.base_url}",
+        "vllm": f"{config.judge.engines} x {config.judge.model}",
+    }.get(config.judge.kind, config.judge.kind)
     return [
         f"run         {run}",
         f"policy      {config.model.path or '(none)'} ({config.model.init}), {about}, protocol {config.protocol.name}",

@@ -95,7 +95,7 @@ def checks(config: RunConfig) -> Iterator[Check]:
             )  # these go as new ones come
     saved = max(0.0, checkpoints_gib(config, shape) - there) if shape else 0.0
     yield partial(check_storage, storage, need_bytes=int((saved + 0.5) * GIB))
-    if config.judge.kind == "chat":
+    if config.judge.kind == "chat" and not config.judge.replay:
         yield partial(check_key, config.judge.api_key_env, "judge.api_key_env")
         if config.judge.base_url.startswith("http"):  # what else it may be, its section's check says
             yield partial(check_endpoint, config.judge.base_url, "judge.base_url")

@@ -36,7 +36,7 @@ _CALLS = 4
 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray]
 """int64 [Q] how many each query found; int64 rows and float64 scores of all, one query after another."""
-PlainHits = list[tuple[str, float, tuple[int, int] | None]]
+PlainHits = list[tuple[str, float, tuple[int, int] | None, Document | None]]
 """Hits as their values: pickling the records takes ten times as long."""
 
 

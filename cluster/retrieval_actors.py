@@ -220,7 +220,7 @@ class Retrieval:
 
     async def _answer(self, query: Query, left_s: float) -> PlainHits | RetrievalError:
         try:
-            return [(h.doc_id, h.score, h.span) for h in (await self._service.search([query], left_s))[0]]
+            return [(h.doc_id, h.score, h.span, h.preview) for h in (await self._service.search([query], left_s))[0]]
         except Exception as error:
             return as_retrieval_error(error)
 

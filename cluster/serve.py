@@ -24,6 +24,7 @@ from retrieval.config import BackendConfig, legs_of
 from retrieval.service import SearchService, ServiceConfig
 
 _DRAIN_S = 10
+_BACKLOG = 2048
 
 
 @dataclass
@@ -54,6 +55,10 @@ def load_run(target: str, overrides: Sequence[str]) -> ServeRun:
         run = load_config(target, overrides, ServeRun)
     if (run.retrieval.kind == "auto" or legs_of(run.retrieval)) and not run.index:
         raise UserError(f"{target}: retrieval.kind {run.retrieval.kind} needs the folder of its index; give index=DIR")
+    if (asked := run.service.topology) and (asked.encoders or asked.shard_replicas or asked.stores):
+        raise UserError(
+            f"{target}: service.topology is for runs with Ray, and this server is one process; leave it out"
+        )
     return run
 
 
@@ -98,6 +103,12 @@ async def _http(run: ServeRun) -> None:
     token = token_of(config)  # before the index, which may take a while
     with _bound(config) as listener:
         service = await _open(run)
+        try:
+            with _refusing(config):
+                listener.listen(_BACKLOG)  # of two that were starting on one port, only one gets here
+        except BaseException:
+            await service.close()
+            raise
         server = _server(make_app(service, config))
         info = service.info()
         place = f"[{config.host}]" if ":" in config.host else config.host
@@ -112,12 +123,21 @@ async def _http(run: ServeRun) -> None:
 def _bound(config: ServeConfig) -> socket.socket:
     """A socket that has its port, and does not listen yet."""
     made = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or a restart would wait for old connections
     try:
-        made.bind((config.host, config.port))
+        with _refusing(config):
+            made.bind((config.host, config.port))
         return made
-    except OSError as error:
+    except BaseException:
         made.close()
+        raise
+
+
+@contextlib.contextmanager
+def _refusing(config: ServeConfig) -> Generator[None, None, None]:
+    try:
+        yield
+    except OSError as error:
         raise UserError(
             f"cannot listen on {config.host} port {config.port} ({error.strerror or error}); choose another with --port"
         ) from None

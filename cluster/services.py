@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from agents.interfaces import Services
 from agents.types import Group, Verdict
+from cluster.judges import hosted
 from cluster.watchdog import Pulse, Waits, pulse_of
 from rewards.config import RewardConfig
 from rewards.judges.base import JudgeConfig, make_judge
@@ -15,8 +18,9 @@ from rewards.registry import make_reward
 class RewardServer:
     """Scores groups with one reward and one judge."""
 
-    def __init__(self, reward: RewardConfig, judge: JudgeConfig) -> None:
-        self._judge = make_judge(judge)
+    def __init__(self, reward: RewardConfig, judge: JudgeConfig, engines: Sequence[Any] = ()) -> None:
+        """`engines`: handles of the judge engines of the run, for `judge.kind: vllm`."""
+        self._judge = make_judge(judge, hosted(judge, engines))
         self._reward = make_reward(reward)
         self._waits = Waits()
 
@@ -29,9 +33,9 @@ class RewardServer:
         await self._judge.check()
         return os.getpid()
 
-    async def stats(self) -> dict[str, float]:
-        """Counters of the judge."""
-        return self._judge.stats()
+    async def load(self) -> dict[str, float]:
+        """Counters of the judge since the start, for the log."""
+        return {f"judge/{name}": value for name, value in self._judge.stats().items()}
 
     async def score(self, group: Group) -> list[Verdict]:
         with self._waits(f"the judge, about group {group.id}"):

@@ -52,14 +52,25 @@ def needs(config: RunConfig) -> dict[str, float]:
     fleet, train = config.fleet, config.train
     wanted = {
         "CPU": fleet.num_engines * fleet.num_cpus + train.num_workers * train.worker_cpus,
-        "GPU": fleet.num_engines * fleet.num_gpus + train.num_workers * train.worker_gpus + _retrieval_gpus(config),
+        "GPU": fleet.num_engines * fleet.num_gpus
+        + train.num_workers * train.worker_gpus
+        + _retrieval_gpus(config)
+        + _judge_gpus(config),
     }
     return {kind: amount for kind, amount in wanted.items() if amount}
 
 
 def _retrieval_gpus(config: RunConfig) -> float:
     spread, legs = config.service.topology, len(legs_of(config.retrieval))
-    return spread.encoders * spread.encoder_gpus + legs * config.retrieval.shards * spread.shard_replicas * spread.shard_gpus
+    return (
+        spread.encoders * spread.encoder_gpus
+        + legs * config.retrieval.shards * spread.shard_replicas * spread.shard_gpus
+    )
+
+
+def _judge_gpus(config: RunConfig) -> float:
+    judge = config.judge
+    return judge.engines * judge.num_gpus if judge.kind == "vllm" and not judge.replay else 0.0
 
 
 def shares(config: RunConfig, shape: ModelShape, gpu_gib: float | None = None) -> tuple[Share, Share]:

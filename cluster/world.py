@@ -105,7 +105,13 @@ def _index_of(config: JsonlWorldConfig, backend: BackendConfig, storage: Path) -
             "retrieval.kind is auto, which needs world.jsonl.index, a folder that `gumshoe index` has built"
         )
     paths = [resolve(c) for c in config.corpus]
-    made = [sorted(map(str, paths)), {leg: settings(backend, leg) for leg in legs_of(backend)}, backend.shards]
+    made = [
+        sorted(map(str, paths)),
+        config.malformed,
+        dict(columns),
+        {leg: settings(backend, leg) for leg in legs_of(backend)},
+        backend.shards,
+    ]
     index_dir = storage / "indexes" / f"{backend.kind}-{paths[0].stem}-{digest(made)[:8]}"
     prepare_folder(backend, Corpus(paths, config.malformed, columns), index_dir)
     return index_dir

@@ -209,11 +209,12 @@ class Session:
         hits: list[Hit] = (await self._ask(lambda: self._backend.search([Query(query, k)])))[0]
         if self._guard is not None:
             hits = [h for h in hits if not self._guard.forbids(h.doc_id)]
-        documents = await self._fetch([h.doc_id for h in hits])
+        documents = iter(await self._fetch([h.doc_id for h in hits if h.preview is None]))
         self._charge("search")
         blocks: list[str] = []
         seen: list[Seen] = []
-        for hit, document in zip(hits, documents, strict=True):
+        for hit in hits:
+            document = hit.preview or next(documents)
             if document is None:
                 continue
             sight = self._review(Sight(document, hit.span))[0]

@@ -7,25 +7,27 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from agents.interfaces import Backend
 from agents.types import Document
 from retrieval.build import ENGINES, Busy, Progress, build_folder, quiet
-from retrieval.config import KINDS, SERVERS, BackendConfig, backends_of, is_dense, legs_of, settings
+from retrieval.config import KINDS, SERVERS, BackendConfig, backends_of, is_dense, legs_of
 from retrieval.corpus import Corpus, CorpusReport, corpus_files
 from retrieval.errors import RetrievalError
 from retrieval.folder import IndexFolder, LocalParts
 from retrieval.hybrid import HybridBackend
 from retrieval.indexed import AsyncEncoder, IndexedBackend, LocalEncoder, LocalPages, Pages
-from retrieval.manifest import FORMAT, digest
+from retrieval.manifest import FORMAT, digest, read_key, write_key
 from retrieval.rerank import RerankedBackend
 
 __all__ = [
     "ENGINES", "KINDS", "AsyncEncoder", "BackendConfig", "Corpus", "IndexFolder", "IndexedBackend", "LocalEncoder", "LocalPages",
-    "LocalParts", "Pages", "build_backend", "open_backend", "prepare_backend", "prepare_folder",
+    "LocalParts", "Pages", "build_backend", "open_backend", "prepare_folder",
 ]  # fmt: skip
 
 
@@ -112,24 +114,6 @@ def build_backend(
     return backend
 
 
-def prepare_backend(
-    config: BackendConfig,
-    corpus: str | Path | Sequence[str | Path],
-    directory: str | Path,
-    *,
-    malformed: str = "error",
-    report: CorpusReport | None = None,
-) -> Backend:
-    """Opens the folder if it was built from this corpus with this configuration; otherwise (re)builds it.
-
-    A corpus whose files have the names, sizes and times of those it was built from is not read again. Errors as
-    `read_documents` and `build_backend`.
-    """
-    paths = [corpus] if isinstance(corpus, (str, Path)) else corpus
-    prepare_folder(config, Corpus(paths, malformed), directory, report=report)
-    return open_backend(config, directory)
-
-
 def prepare_folder(
     config: BackendConfig,
     corpus: Corpus,
@@ -138,12 +122,16 @@ def prepare_folder(
     report: CorpusReport | None = None,
     progress: Progress = quiet,
 ) -> bool:
-    """`prepare_backend` without opening. Returns whether an index was built; waits while another process builds it."""
+    """Builds the index folder, unless it is there: whole, of this corpus, with this configuration. Returns whether it was built.
+
+    A corpus whose files have the names, sizes and times of those it was built from is not read again. Waits while another process
+    builds it. Errors as `read_documents` and `build_folder`.
+    """
     report = CorpusReport() if report is None else report
     stats = [(str(f.resolve()), f.stat()) for f in corpus_files(corpus.paths)]
     files = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-    legs = {leg: settings(config, leg) for leg in legs_of(config)}
-    key = digest([FORMAT, files, corpus.malformed, dict(corpus.columns), legs, config.shards])
+    key = digest([FORMAT, files, corpus.malformed, dict(corpus.columns)])
+    legs_of(config)
     total = sum(s.st_size for _, s in stats)
 
     def documents() -> Iterator[Document]:
@@ -153,12 +141,16 @@ def prepare_folder(
                 expected = round(report.documents * total / max(1, report.bytes_read))
                 progress("documents", report.documents, max(expected, report.documents))
 
+    @cache
+    def fingerprint() -> str:
+        found = CorpusReport()
+        for _ in corpus.read(found):
+            pass
+        return found.fingerprint
+
     while True:
-        with contextlib.suppress(RetrievalError):
-            built = IndexFolder(config, directory).manifest
-            if built.config["shards"] == config.shards and (built.key == key or built.corpus == _fingerprint(corpus)):
-                report.skipped = built.skipped
-                return False
+        if _is_there(config, Path(directory), key, fingerprint, report):
+            return False
         try:
             build_folder(config, documents, Path(directory), key=key, report=report, progress=progress)
             return True
@@ -167,8 +159,21 @@ def prepare_folder(
             time.sleep(1.0)
 
 
-def _fingerprint(corpus: Corpus) -> str:
-    report = CorpusReport()
-    for _ in corpus.read(report):
-        pass
-    return report.fingerprint
+def _is_there(
+    config: BackendConfig, directory: Path, key: str, fingerprint: Callable[[], str], report: CorpusReport
+) -> bool:
+    try:
+        # its files are wanted, not a GPU
+        folder = IndexFolder(replace(config, faiss=replace(config.faiss, device="cpu")), directory)
+        if folder.manifest.config["shards"] != config.shards:
+            return False
+        folder.check()
+    except RetrievalError:
+        return False
+    if read_key(directory) != key:
+        if folder.manifest.corpus != fingerprint():
+            return False
+        with contextlib.suppress(OSError):  # the folder may be read only
+            write_key(directory, key)
+    report.skipped = folder.manifest.skipped
+    return True

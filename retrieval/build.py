@@ -1,8 +1,8 @@
 """Builds an index folder in stages: documents, rows, encoder, vectors, one index per leg and shard, manifest.
 
 Invariants: the folder is built beside its place and moved there whole by renames, so a half-built one is never opened; with a `key`
-(what names the corpus and the settings) the unfinished folder stays, and a build of the same key goes on after the last
-finished stage, and within the vectors after the last finished block; one build at a time works for a place.
+(what names the corpus) the unfinished folder stays, and a build of the same key goes on after the last stage whose settings are
+the same, and within the vectors after the last finished block; one build at a time works for a place.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -25,15 +26,16 @@ from typing import Any
 import numpy as np
 
 from agents.types import Document
+from retrieval import faiss_config
 from retrieval.analysis import indexed_text
 from retrieval.chunks import passages
-from retrieval.config import LEGS, SHARDED, BackendConfig, is_dense, legs_of, stored
+from retrieval.config import LEGS, SHARDED, BackendConfig, is_dense, legs_of, settings, stored
 from retrieval.corpus import CorpusReport
 from retrieval.docstore import DocStore
 from retrieval.encoders import make_encoder
 from retrieval.engine import Engine
 from retrieval.errors import CorpusError, RetrievalError
-from retrieval.manifest import Leg, Manifest, Run
+from retrieval.manifest import Leg, Manifest, Run, digest, write_key
 from retrieval.rows import MAX_TEXT, Rows
 from retrieval.vectors import encode_rows
 
@@ -41,6 +43,8 @@ STORE, ROWS, STATE = "documents.sqlite", "rows", "encoder.npz"
 VECTORS, _STAGES = "vectors.npy", "stages.json"
 _BLOCK = 512
 """Rows that are encoded at a time, and lost at most when a build is killed: two minutes of a small model on two cores."""
+_FULL = 1 << 20
+"""Bytes: a disk with fewer of them free is full, whatever a library says has happened."""
 Progress = Callable[[str, int, int], None]
 """(what is done, how much of it, of how much); 0 of 0 announces a stage of unknown length."""
 
@@ -110,8 +114,9 @@ def build_folder(
         try:
             manifest = _stages(config, legs, documents, work, report or CorpusReport(), progress)
             _put(work.directory, target)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        except (OSError, RetrievalError) as error:
+            full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if getattr(error, "errno", 0) not in full and shutil.disk_usage(target.parent).free >= _FULL:
                 raise
             kept = f"; what is done stays in {work.directory} and the next run goes on there" if key else ""
             raise RetrievalError(f"no space left to build index {target}; free some and build it again{kept}") from None
@@ -134,50 +139,98 @@ class _Work:
     """The unfinished folder and what is done in it."""
 
     directory: Path
-    done: dict[str, Any]
+    key: str
+    done: dict[str, dict[str, Any]]
+    """By stage: the digest of what it was made of, and its facts."""
 
-    def stage(self, name: str, run: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Facts of a finished stage; runs it first unless an earlier build has."""
-        if name not in self.done["stages"]:
-            self.done["stages"][name] = dict(run())
-            part = self.directory / f"{_STAGES}.part"
-            part.write_text(json.dumps(self.done), encoding="utf-8")
-            part.replace(self.directory / _STAGES)
-        facts: Mapping[str, Any] = self.done["stages"][name]
+    def stage(self, name: str, of: Any, run: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Facts of a stage that depends on the corpus and `of`; runs it first unless an earlier build has."""
+        if self.done.get(name, {}).get("of") != digest(of):
+            if self.done.pop(name, None):  # its files are about to change
+                self.write()
+            self.done[name] = {"of": digest(of), "facts": dict(run())}
+            self.write()
+        facts: Mapping[str, Any] = self.done[name]["facts"]
         return facts
+
+    def write(self) -> None:
+        part = self.directory / f"{_STAGES}.part"
+        part.write_text(json.dumps({"key": self.key, "stages": self.done}), encoding="utf-8")
+        part.replace(self.directory / _STAGES)
+
+    def sweep(self, wanted: set[str]) -> None:
+        """Forgets and removes what a build with other settings has left: all stages but these."""
+        for name in self.done.keys() - wanted:
+            del self.done[name]
+        self.write()
+        for place in [*self.directory.glob("*/[0-9][0-9][0-9]*"), *(self.directory / leg for leg in ENGINES)]:
+            name = place.relative_to(self.directory).as_posix()
+            if place.exists() and not any(w == name or w.startswith(f"{name}/") for w in wanted):
+                _remove(place)
+        if "encoder" not in wanted:
+            (self.directory / STATE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _workplace(target: Path, key: str) -> Iterator[_Work]:
     """A folder beside the target, locked. Without a key it is new, and gone afterwards."""
+    for litter in target.parent.glob(f".{glob.escape(target.name)}.*.once"):
+        with contextlib.suppress(OSError), _lock(litter) as free:  # of a process that was killed
+            if free:
+                shutil.rmtree(litter)
     if not key:
-        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        try:
-            yield _Work(directory, {"key": "", "stages": {}})
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".once", dir=target.parent))
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the lock only says that this is no litter
+                stack.enter_context(_lock(directory))
+            yield _Work(directory, "", {})
         return
-    directory = target.with_name(f".{target.name}.partial")
-    directory.mkdir(exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
+    directory, free = target.with_name(f".{target.name}.partial"), False
+    while not free:
+        directory.mkdir(exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                free = stack.enter_context(_lock(directory))
+            except BlockingIOError:
+                raise Busy(f"another process is building index {target}; wait for it") from None
+            except OSError as error:
+                raise RetrievalError(
+                    f"index {target} cannot be locked ({error}); build it where files can, and move it"
+                ) from None
+            if free:
+                yield from _resumable(directory, key)
+
+
+def _resumable(directory: Path, key: str) -> Iterator[_Work]:
+    """What there is to go on from; a folder that has come to nothing goes."""
+    done: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        known = json.loads((directory / _STAGES).read_text(encoding="utf-8"))
+        done = dict(known["stages"]) if known["key"] == key else {}
+    if not done:
+        for old in directory.iterdir():
+            _remove(old)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Busy(f"another process is building index {target}; wait for it") from None
-        done: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            done = json.loads((directory / _STAGES).read_text(encoding="utf-8"))
-        if not isinstance(done, dict) or done.get("key") != key:
-            done = {"key": key, "stages": {}}
-            for old in directory.iterdir():
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        try:
-            yield _Work(directory, done)
-        except BaseException:
-            if not done["stages"]:  # nothing to go on from
-                shutil.rmtree(directory, ignore_errors=True)
-            raise
+        yield _Work(directory, key, done)
+    except BaseException:
+        if not done:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[bool]:
+    """Keeps other processes out of a folder; False when it has moved away meanwhile. Raises BlockingIOError, OSError."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # another process may have made an index of it just now, and the lock is that index's
+        yield directory.exists() and os.path.samestat(os.fstat(handle), directory.stat())
     finally:
         os.close(handle)
 
@@ -201,7 +254,7 @@ def _stages(
             read = {"files": report.files, "skipped": report.skipped, "problems": report.problems}
             return {"corpus": built.fingerprint, "documents": len(built), **read}
 
-    facts = work.stage("documents", store_documents)
+    facts = work.stage("documents", "", store_documents)
     report.files, report.skipped, report.problems = facts["files"], facts["skipped"], facts["problems"]
     with contextlib.closing(DocStore(folder / STORE)) as store:
         cut = config.chunk if config.chunk.unit != "none" else None
@@ -216,26 +269,37 @@ def _stages(
             Rows.write(folder / ROWS, spans())
             return {"rows": Rows(folder / ROWS).num_rows}
 
-        num_rows = int(work.stage("rows", write_rows)["rows"])
+        num_rows = int(work.stage("rows", settings(config, "encoder")["chunk"], write_rows)["rows"])
         rows = Rows(folder / ROWS)
 
         def texts(first: int = 0, count: int = num_rows) -> Iterator[str]:
             return passage_texts(store, rows, config.title_weight, first, count)
 
-        encoder = _fit(config, work, texts, num_rows, progress) if any(is_dense(config, leg) for leg in legs) else None
+        dense = any(is_dense(config, leg) for leg in legs)
+        runs = {leg: _runs(config, leg, num_rows) for leg in legs if leg in ENGINES}
+        wanted = {"documents", "rows", *(run.folder for found in runs.values() for run in found)}
+        work.sweep(wanted | ({"encoder"} if dense else set()))
+        encoder = _fit(config, work, texts, num_rows, progress) if dense else None
         corpus = facts["corpus"], facts["documents"]
         made = {
             leg: _load_elastic(config, store, corpus, encoder, progress)
             if leg == "elasticsearch"
-            else _build_leg(config, leg, work, texts, encoder, num_rows, progress)
+            else _build_leg(config, leg, runs[leg], work, texts, encoder, num_rows, progress)
             for leg in legs
         }
-    encoder_spec = None if encoder is None else encoder.spec()
     manifest = Manifest(
-        *corpus, num_rows, stored(config), encoder_spec, made, key=work.done["key"], skipped=report.skipped
+        *corpus, num_rows, stored(config), None if encoder is None else encoder.spec(), made, skipped=report.skipped
     )
+    for note in folder.glob(f"*/*/{VECTORS}.json"):  # until now they let other settings take the vectors over
+        note.unlink()
     manifest.write(folder)
+    if work.key:
+        write_key(folder, work.key)
     return manifest
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _fit(
@@ -244,6 +308,7 @@ def _fit(
     """The encoder, which has learnt what it needs from the corpus."""
 
     def fit() -> Mapping[str, Any]:
+        (work.directory / STATE).unlink(missing_ok=True)
         encoder = make_encoder(config.encoder)
         if hasattr(encoder, "fit"):
             encoder.fit(_watched(texts(0, num_rows), "word counts", num_rows, progress))
@@ -252,22 +317,30 @@ def _fit(
             np.savez(work.directory / STATE, **state)
         return {"spec": encoder.spec()}
 
-    work.stage("encoder", fit)
+    work.stage("encoder", settings(config, "encoder"), fit)
     return load_encoder(config, work.directory)
+
+
+def _runs(config: BackendConfig, leg: str, num_rows: int) -> list[Run]:
+    shards = min(config.shards, num_rows) if leg in SHARDED else 1
+    bounds = np.linspace(0, num_rows, shards + 1).astype(int).tolist()
+    return [Run(f"{leg}/{number:03}", *run) for number, run in enumerate((a, b - a) for a, b in pairwise(bounds))]
 
 
 def _build_leg(
     config: BackendConfig,
     leg: str,
+    runs: list[Run],
     work: _Work,
     texts: Callable[..., Iterator[str]],
     encoder: Any,
     num_rows: int,
     progress: Progress,
 ) -> Leg:
-    shards = min(config.shards, num_rows) if leg in SHARDED else 1
-    bounds = np.linspace(0, num_rows, shards + 1).astype(int).tolist()
-    runs = [Run(f"{leg}/{number:03}", *run) for number, run in enumerate((a, b - a) for a, b in pairwise(bounds))]
+    dense = is_dense(config, leg)
+    if leg == "faiss":  # what cannot be built is known before hours of encoding
+        for run in runs:
+            faiss_config.factory(config.faiss, run.rows, encoder.dim)
 
     def index(run: Run) -> Mapping[str, Any]:
         # resolved: an engine knows the file that it is handed by its real name
@@ -275,29 +348,39 @@ def _build_leg(
         place.mkdir(parents=True, exist_ok=True)
         for old in place.iterdir():
             if not old.name.startswith(VECTORS):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+                _remove(old)
         vectors_ND = None
-        if is_dense(config, leg):
+        if dense:
             vectors_ND = encode_rows(
                 encoder,
                 lambda first: texts(run.first_row + first, run.rows - first),
                 run.rows,
                 place / VECTORS,
+                corpus=digest([work.key, settings(config, "encoder"), run.first_row]),
                 block=_BLOCK,
                 progress=lambda done, _: progress("vectors", run.first_row + done, num_rows),
             )
         watched = lambda: _watched(texts(run.first_row, run.rows), leg, run.rows, progress)  # noqa: E731
         progress(f"{leg} index", 0, 0)
-        engine = ENGINES[leg][0](config, place, watched, vectors_ND, run.rows)
-        engine.save(place)
-        spec = engine.spec()
-        (place / f"{VECTORS}.json").unlink(missing_ok=True)
-        if spec.get("scores") == "approximate":  # it does without the vectors
-            (place / VECTORS).unlink()
-        return {"spec": spec}
+        try:
+            engine = ENGINES[leg][0](config, place, watched, vectors_ND, run.rows)
+            engine.save(place)
+        except (RuntimeError, ValueError) as error:  # as FAISS and tantivy say that a file cannot be written
+            if isinstance(error, RetrievalError):
+                raise
+            detail = " ".join(str(error).split())[:300]
+            raise RetrievalError(f"the {leg} index cannot be written to {place}: {detail}") from None
+        return {"spec": engine.spec()}
 
-    facts = [work.stage(run.folder, partial(index, run)) for run in runs]
-    return Leg(facts[0]["spec"], tuple(runs))
+    def built(run: Run) -> Mapping[str, Any]:
+        of = [settings(config, leg), encoder.spec() if dense else None, run.first_row, run.rows]
+        spec: Mapping[str, Any] = work.stage(run.folder, of, partial(index, run))["spec"]
+        if spec.get("scores") == "approximate":  # it does without the vectors; not before it is known to be finished
+            (work.directory / run.folder / VECTORS).unlink(missing_ok=True)
+        return spec
+
+    specs = [built(run) for run in runs]
+    return Leg(specs[0], tuple(runs))
 
 
 def _load_elastic(

@@ -8,7 +8,7 @@ threads or search depths but not with another encoder. A section says which of i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
 from retrieval.bm25 import Bm25Config
@@ -18,6 +18,7 @@ from retrieval.encoders import EncoderConfig
 from retrieval.faiss_config import FaissConfig
 from retrieval.hybrid import HybridConfig
 from retrieval.live import LiveConfig
+from retrieval.manifest import lasting, runtime_names
 from retrieval.remote import RemoteConfig
 from retrieval.rerank import RerankConfig
 
@@ -36,7 +37,7 @@ class BackendConfig:
 
     kind: str = "faiss"
     """`faiss` (dense), `bm25`, `elasticsearch`, `hybrid` (several of them, fused), `remote` (a `/retrieve` server), `live` (a search API),
-    or `auto`: as the index folder says it was built."""
+    or `auto`: what the index folder was built as; all that only concerns the search comes from here."""
     chunk: ChunkConfig = field(default_factory=ChunkConfig)
     """How documents are cut into passages."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -88,28 +89,39 @@ def is_dense(config: BackendConfig, leg: str) -> bool:
 
 
 def settings(config: BackendConfig, leg: str) -> dict[str, Any]:
-    """All that changes what is built for a leg, by name."""
-    chunk = asdict(config.chunk) if config.chunk.unit != "none" else {"unit": "none"}
+    """All that changes what is built for a leg (or, with `encoder`, what any dense one is made of), by name."""
+    chunk = lasting(config.chunk) if config.chunk.unit != "none" else {"unit": "none"}
     found: dict[str, Any] = {"title_weight": config.title_weight, "chunk": chunk}
     for name in (leg, "encoder") if is_dense(config, leg) else (leg,):
-        section = getattr(config, name)
-        runtime = runtime_names(section)
-        found[name] = {k: v for k, v in asdict(section).items() if k not in runtime}
+        found[name] = lasting(getattr(config, name))
     return found
 
 
 def stored(config: BackendConfig) -> dict[str, Any]:
-    """What a folder must remember of a configuration: the sections its indexes are made of, not those of servers elsewhere."""
-    legs = legs_of(config)
-    wanted = {"kind", "chunk", "title_weight", "shards", *legs}
-    wanted |= {"encoder"} if any(is_dense(config, leg) for leg in legs) else set()
-    wanted |= {"hybrid"} if config.kind == "hybrid" else set()
-    return {name: value for name, value in asdict(config).items() if name in wanted}
+    """What a folder must remember of a configuration: what its indexes are made of.
+
+    No more: a folder may come from others, and must not say where queries, or which of our secrets, are sent.
+    """
+    found: dict[str, Any] = {"kind": config.kind, "shards": config.shards}
+    for leg in legs_of(config):
+        found |= settings(config, leg)
+    return found | ({"hybrid": {"legs": list(config.hybrid.legs)}} if config.kind == "hybrid" else {})
 
 
-def runtime_names(section: Any) -> set[str]:
-    """The fields of a section that only concern the search."""
-    return {f.name for f in fields(section) if f.metadata.get("runtime")}
+def adopted(built: BackendConfig, asked: BackendConfig) -> BackendConfig:
+    """For `kind: auto`: what was built as it was built, and how it is searched as asked for. Raises ValueError."""
+    found: dict[str, Any] = {
+        "kind": built.kind,
+        "shards": built.shards,
+        "title_weight": built.title_weight,
+        "chunk": built.chunk,
+    }
+    for name in (*LEGS, "encoder"):
+        section, given = getattr(built, name), getattr(asked, name)
+        found[name] = replace(section, **{field: getattr(given, field) for field in runtime_names(section)})
+    if built.kind == "hybrid" and set(asked.hybrid.legs) != set(built.hybrid.legs):
+        found["hybrid"] = replace(asked.hybrid, legs=built.hybrid.legs)
+    return replace(asked, **found)
 
 
 def from_values(cls: type[T], values: Mapping[str, Any]) -> T:

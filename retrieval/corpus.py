@@ -153,7 +153,13 @@ def _sources(source: Paths) -> list[Source]:
 def _folder(folder: Path) -> list[Source]:
     """Files in order of their names; of records where there are any, so that a README beside them is no document."""
     found = []
-    for place, inner, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise CorpusError(
+            f"corpus folder {error.filename} cannot be read: {error.strerror}; mend its permissions or leave it out"
+        )
+
+    for place, inner, names in os.walk(folder, onerror=refuse):
         inner[:] = [name for name in inner if not name.startswith(".")]
         paths = [Path(place, name) for name in names if not name.startswith(".")]
         found += [Source(p, p.relative_to(folder).as_posix()) for p in paths if form_of(p)]

@@ -6,6 +6,7 @@ read only, so any number of processes share it (and the page cache) without copi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -53,7 +54,7 @@ class DocStore:
     def build(cls, path: str | Path, documents: Iterable[Document]) -> DocStore:
         """Writes the documents and opens the store. An existing store is replaced only when all is written.
 
-        Raises StoreError for a repeated id; what `documents` raises passes through.
+        Raises StoreError for a repeated id, OSError for a full disk; what `documents` raises passes through.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +79,8 @@ class DocStore:
         except sqlite3.IntegrityError:
             raise StoreError(f"two documents of {path.name} share an id (after {report.documents} documents)") from None
         except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
             raise StoreError(f"document store {path} cannot be written: {error}") from None
         finally:
             db.close()

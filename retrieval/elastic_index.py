@@ -168,7 +168,7 @@ def creation(layout: Layout) -> dict[str, Any]:
     }
     if layout.vectors:
         properties["vector"] = {
-            "type": "dense_vector", "dims": layout.vectors["dims"], "similarity": "dot_product",
+            "type": "dense_vector", "dims": layout.vectors["dims"], "similarity": _similarity(layout),
             "index_options": {"type": layout.vectors["index_options"]},
         }  # fmt: skip
     similarity = {"type": "BM25", "k1": layout.text["k1"], "b": layout.text["b"]}
@@ -181,6 +181,12 @@ def creation(layout: Layout) -> dict[str, Any]:
             "dynamic": "strict", "_source": {"excludes": ["body", "vector"]}, "properties": properties, "_meta": meta(layout),
         },
     }  # fmt: skip
+
+
+def _similarity(layout: Layout) -> str:
+    """`dot_product` takes vectors of length 1 only."""
+    encoder = (layout.vectors or {}).get("encoder") or {}
+    return "max_inner_product" if encoder.get("normalize") is False else "dot_product"
 
 
 def meta(layout: Layout, passages: int | None = None) -> dict[str, Any]:
@@ -283,7 +289,11 @@ def hits(reply: Mapping[str, Any], layout: Layout, *, vectors: bool) -> list[Hit
     found = []
     for hit in reply["hits"]["hits"]:
         score, doc, start, end = hit["sort"]
-        found.append(Hit(doc, 2.0 * score - 1.0 if vectors else score, None if whole else (start, end)))
+        if vectors and _similarity(layout) == "dot_product":
+            score = 2.0 * score - 1.0
+        elif vectors:  # 1 + x for x of at least 0, else 1 / (1 - x)
+            score = score - 1.0 if score >= 1.0 else 1.0 - 1.0 / score
+        found.append(Hit(doc, score, None if whole else (start, end)))
     return found
 
 

@@ -1,7 +1,7 @@
 """What an index will need, measured on a sample of its corpus with the encoder and the store that will build it.
 
-Invariants: nothing is left behind; reading stops after `READ_S` and encoding after `ENCODE_S`, so the answer comes within a minute or so for
-a corpus of any size; what could not be seen is scaled up from what was.
+Invariants: nothing is left behind; reading stops after `READ_S`, encoding after `ENCODE_S`, and the trial index grows only while it takes less than
+`TRIAL_S`, so the answer comes within a minute or so for a corpus of any size; what could not be seen is scaled up from what was.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,13 @@ from retrieval.corpus import CorpusReport, corpus_files
 from retrieval.docstore import DocStore
 from retrieval.encoders import make_encoder
 
-READ_S, ENCODE_S = 20.0, 20.0
+READ_S, ENCODE_S, TRIAL_S = 20.0, 20.0, 1.0
 SAMPLE = 1000
 _BATCH = 64
+_TRIAL_ROWS = (1000, 20_000)
+"""Of a trial index: the first, and the largest."""
+_BM25_WORD, _BM25_MOST = 14, 3_500_000_000
+"""Bytes that the writer of the sparse index holds per word, and all together."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,11 @@ class Estimate:
     memory_bytes: int
     """To serve it, all that a search may touch held in memory; shared by the processes of a node."""
     build_bytes: int
-    """More than that at the peak of building."""
+    """Memory at the peak of building, besides the encoder's."""
+    build_disk_bytes: int
+    """More on disk at the peak of building."""
+    gpu_bytes: int
+    """Over all GPUs together, to serve it from there; 0 when none is used."""
     seconds: dict[str, float]
     """By stage."""
 
@@ -76,7 +84,7 @@ def measure(config: BackendConfig, corpus: Corpus) -> Estimate:
     num_rows = round(num_documents * len(texts) / len(sample))
     by_document, by_row = num_documents / len(sample), num_rows / len(texts)
     disk, seconds = {}, {"read": read_s * scale}
-    memory = build = 0
+    memory = build = build_disk = gpu = 0
     with tempfile.TemporaryDirectory(prefix="gumshoe-estimate-") as folder:
         path = Path(folder) / "store"
         began = time.monotonic()
@@ -90,9 +98,13 @@ def measure(config: BackendConfig, corpus: Corpus) -> Estimate:
             if is_dense(config, leg):
                 dim, seconds["encode"] = _encoding(config, texts, num_rows)
             if leg == "faiss":
-                needs = faiss_config.estimate(config.faiss, num_rows, dim)
-                disk[leg], memory, build = needs.disk_bytes, memory + needs.memory_bytes, build + needs.build_bytes
-                seconds[leg] = _indexing(config, num_rows, dim, Path(folder) / leg)
+                shards = min(config.shards, num_rows)
+                rows = -(-num_rows // shards)
+                needs = faiss_config.estimate(config.faiss, rows, dim)  # each has a number of lists of its own
+                disk[leg], gpu = shards * needs.disk_bytes, shards * needs.gpu_bytes
+                memory += shards * needs.memory_bytes
+                build, build_disk = max(build, needs.build_bytes), needs.build_disk_bytes  # one shard at a time
+                seconds[leg] = shards * _indexing(config, rows, dim, Path(folder) / leg)
             elif leg in ENGINES:
                 place = Path(folder) / leg
                 began = time.monotonic()
@@ -101,7 +113,9 @@ def measure(config: BackendConfig, corpus: Corpus) -> Estimate:
                 seconds[leg] = (time.monotonic() - began) * by_row
                 disk[leg] = round(sum(f.stat().st_size for f in place.rglob("*") if f.is_file()) * by_row)
                 memory += disk[leg]
-    return Estimate(num_documents, num_rows, whole, disk, memory, build, seconds)
+                words = sum(len(text.split()) for text in texts)
+                build = max(build, min(_BM25_MOST, round(words * by_row * _BM25_WORD)))
+    return Estimate(num_documents, num_rows, whole, disk, memory, build, build_disk, gpu, seconds)
 
 
 def _encoding(config: BackendConfig, texts: list[str], num_rows: int) -> tuple[int, float]:
@@ -120,11 +134,16 @@ def _encoding(config: BackendConfig, texts: list[str], num_rows: int) -> tuple[i
 
 
 def _indexing(config: BackendConfig, num_rows: int, dim: int, folder: Path) -> float:
-    """Seconds to index all vectors, from a build over some random ones; the time of an index that trains is a lower bound."""
-    rows = min(num_rows, 20_000)
-    vectors_ND = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
-    vectors_ND /= np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    """Seconds to index all vectors, from smaller indexes over random ones; what trains on a sample takes rather less."""
+    wanted, most = _TRIAL_ROWS
     folder.mkdir()
-    began = time.monotonic()
-    ENGINES["faiss"][0](config, folder, lambda: iter(()), vectors_ND, rows)
-    return (time.monotonic() - began) * num_rows / rows
+    while True:
+        small, rows, factor = faiss_config.smaller(config.faiss, num_rows, dim, wanted)
+        vectors_ND = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
+        vectors_ND /= np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+        began = time.monotonic()
+        ENGINES["faiss"][0](replace(config, faiss=small), folder, lambda: iter(()), vectors_ND, rows)
+        took_s = time.monotonic() - began
+        if took_s > TRIAL_S or rows >= min(num_rows, most):
+            return took_s * factor
+        wanted = min(most, rows * 4)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from retrieval.errors import RetrievalError
+from retrieval.manifest import lasting
 
 NAMES = ("flat", "sq8", "ivf_flat", "ivf_pq", "hnsw")
 DEVICES = ("cpu", "gpu")
@@ -70,8 +71,7 @@ class FaissConfig:
 
 def built(config: FaissConfig) -> dict[str, Any]:
     """The settings that are fixed when an index is built."""
-    runtime = {f.name for f in fields(config) if f.metadata.get("runtime")}
-    return {k: v for k, v in asdict(config).items() if k not in runtime}
+    return lasting(config)
 
 
 def factory(config: FaissConfig, num_rows: int, dim: int) -> str:
@@ -94,8 +94,7 @@ def factory(config: FaissConfig, num_rows: int, dim: int) -> str:
             f"faiss.index {string} needs at least {lists:,} vectors to train its lists, there are {num_rows:,}; "
             "set faiss.nlist to 0 or fewer, or faiss.index to flat"
         )
-    for codes_text, bits_text in re.findall(r"(?<!O)PQ(\d+)(?:x(\d+))?", string):
-        bits = int(bits_text or 8)
+    for codes_text, bits in _codes(string):
         if 1 << bits > num_rows:
             raise RetrievalError(
                 f"faiss.index {string} needs at least {1 << bits:,} vectors to train its {bits}-bit codes, there are "
@@ -104,6 +103,25 @@ def factory(config: FaissConfig, num_rows: int, dim: int) -> str:
         if config.index == "ivf_pq" and dim % int(codes_text):
             raise RetrievalError(f"faiss.pq_m is {codes_text}; it must divide the {dim} dimensions of the vectors")
     return string
+
+
+def smaller(config: FaissConfig, num_rows: int, dim: int, rows: int) -> tuple[FaissConfig, int, float]:
+    """A smaller index of the same kind: (its configuration, its rows, how many times longer the whole takes to build).
+
+    It has about `rows` rows, and as many fewer lists: k-means and the search for each vector's list take rows x lists.
+    Raises RetrievalError as `factory`.
+    """
+    string = factory(config, num_rows, dim)
+    rows = min(num_rows, max(rows, *(1 << bits for _, bits in _codes(string)), 1))
+    lists = num_lists(string)
+    fewer = max(1, lists * rows // num_rows)
+    config = replace(config, index=re.sub(r"IVF\d+k?", f"IVF{fewer}", string))
+    return config, rows, num_rows / rows * max(1.0, lists / fewer)
+
+
+def _codes(string: str) -> list[tuple[str, int]]:
+    """(codes, bits of each) of the product quantisers."""
+    return [(m, int(bits or 8)) for m, bits in re.findall(r"(?<!O)PQ(\d+)(?:x(\d+))?", string)]
 
 
 def num_lists(string: str) -> int:
@@ -123,6 +141,8 @@ class Estimate:
     """At the peak of building, besides the file of vectors that is read."""
     gpu_bytes: int
     """Over all GPUs together; 0 when none is used."""
+    build_disk_bytes: int = 0
+    """Of vectors that lie on disk until it is built, and then go."""
 
 
 def estimate(config: FaissConfig, num_rows: int, dim: int) -> Estimate:
@@ -139,7 +159,8 @@ def estimate(config: FaissConfig, num_rows: int, dim: int) -> Estimate:
     size = fixed + round(each * num_rows)
     train = 4 * dim * min(num_rows, max(TRAIN_LEAST, TRAIN_PER_LIST * num_lists(string)))
     kept = raw if config.keep_vectors else 0
-    return Estimate(size + kept, size, size + train, size + _GPU_SCRATCH if config.device == "gpu" else 0)
+    gpu = size + _GPU_SCRATCH if config.device == "gpu" else 0
+    return Estimate(size + kept, size, size + train, gpu, raw - kept)
 
 
 def _size(string: str, dim: int) -> tuple[int, float]:

@@ -6,18 +6,18 @@ Invariant: a folder whose manifest, parts and configuration do not agree is refu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from agents.types import BackendInfo
 from retrieval.build import ENGINES, ROWS, STORE, load_encoder
-from retrieval.config import BackendConfig, from_values, is_dense, legs_of, runtime_names, settings
+from retrieval.config import BackendConfig, adopted, from_values, is_dense, legs_of, settings
 from retrieval.docstore import DocStore
 from retrieval.engine import Engine, LocalShard, Shard
 from retrieval.errors import IndexMismatch
 from retrieval.indexed import AsyncEncoder, LocalEncoder, LocalPages, Pages
-from retrieval.manifest import Manifest, differences, digest
+from retrieval.manifest import Manifest, differences, digest, runtime_names
 from retrieval.rows import Rows
 
 
@@ -32,10 +32,7 @@ class IndexFolder:
             built = from_values(BackendConfig, self.manifest.config)
         except (TypeError, ValueError) as error:
             raise IndexMismatch(f"index {directory} was built by another version ({error}); build it again") from None
-        self.config = config
-        if config.kind == "auto":
-            kept = {name: getattr(config, name) for name in ("threads", "rerank", "remote", "live")}
-            self.config = replace(built, **kept)
+        self.config = adopted(built, config) if config.kind == "auto" else config
         self.legs = legs_of(self.config)
         found = _misfits(self.manifest, built, self.config)
         if found:
@@ -75,6 +72,18 @@ class IndexFolder:
             )
             self._agree(leg, built, found)
         return engine
+
+    def check(self) -> None:
+        """Opens every file once. Raises RetrievalError for the first that is damaged."""
+        self.store().close()
+        self.rows()
+        if (self.manifest.encoder or {}).get(
+            "kind"
+        ) == "hashing":  # the others keep nothing here, and may take a minute
+            self.encoder()
+        for leg in self.legs:
+            for number in range(len(self.manifest.legs[leg].shards)):
+                self.engine(leg, number)
 
     def info(self, leg: str) -> BackendInfo:
         """What a backend over a leg serves."""

@@ -57,16 +57,19 @@ def fuse(rankings: Sequence[Sequence[Hit]], k: int, rrf_k: int = 60, weights: Se
     """
     parts: dict[str, list[float]] = {}
     spans: dict[str, tuple[int, tuple[int, int]]] = {}
+    previews: dict[str, Document] = {}
     for ranking, weight in zip(rankings, weights or [1.0] * len(rankings), strict=True):
         places = {hit.doc_id: (rank, hit) for rank, hit in reversed([*enumerate(ranking, start=1)])}
         for rank, hit in places.values():
             parts.setdefault(hit.doc_id, []).append(weight / (rrf_k + rank))
             if hit.span is not None:
                 spans[hit.doc_id] = min(spans.get(hit.doc_id, (rank, hit.span)), (rank, hit.span))
+            if hit.preview is not None:
+                previews[hit.doc_id] = hit.preview
     # exactly rounded sums, which no order of legs can change
     scores = {doc_id: math.fsum(values) for doc_id, values in parts.items()}
     best = sorted(scores, key=lambda i: (-scores[i], i))[:k]
-    return [Hit(i, scores[i], spans[i][1] if i in spans else None) for i in best]
+    return [Hit(i, scores[i], spans[i][1] if i in spans else None, previews.get(i)) for i in best]
 
 
 class HybridBackend:

@@ -1,8 +1,9 @@
 """Live web search as a backend: Serper or SerpAPI find urls, and the page reader reads them.
 
 What it finds today it may not find tomorrow: `info` has the capability `live`, and only a recorded journal repeats a run.
-Documents are pages, by url; one that cannot be read is what the search engine said of it. Invariants: keys come from the
-environment and appear in no message; no page is fetched but by the reader, whose refusals make a page unknown, not an error.
+Documents are pages, by url, read when they are asked for; a hit carries as its preview what the search engine said of its page.
+Invariants: keys come from the environment and appear in no message; no page is fetched but by the reader, whose refusals make a page
+unknown, not an error; a search reads no page.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,8 +36,6 @@ class LiveConfig:
     """Environment variable that holds the key."""
     url: str = ""
     """Another address of the same API."""
-    seen_pages: int = 5_000
-    """Results kept, so that a page that cannot be read still has its snippet."""
     http: HttpConfig = field(
         default_factory=lambda: HttpConfig(timeout_s=20.0, retries=2, backoff_s=0.5, concurrency=8)
     )
@@ -84,7 +82,6 @@ class LiveBackend:
         self._asker = Asker(config.http, transport=transport)
         if config.provider == "serpapi":  # its key is part of the address, which httpx logs
             logging.getLogger("httpx").setLevel(logging.WARNING)
-        self._seen: OrderedDict[str, Document] = OrderedDict()
 
     def info(self) -> BackendInfo:
         digest = hashlib.blake2b(f"live\0{self.config.provider}\0{self._url}".encode(), digest_size=16)
@@ -98,7 +95,7 @@ class LiveBackend:
         return list(await asyncio.gather(*(self._search(q) for q in queries)))
 
     async def get(self, ids: Sequence[str]) -> list[Document | None]:
-        """Pages by url; what cannot be read is the snippet the search showed, or None."""
+        """Pages by url, None for what cannot be read."""
         self._asker.check_open()
         return list(await asyncio.gather(*(self._page(i) for i in ids)))
 
@@ -106,16 +103,12 @@ class LiveBackend:
         await self._asker.close()
 
     async def _page(self, url: str) -> Document | None:
-        known = self._seen.get(url)
         if not url.lower().startswith(("http://", "https://")):
             return None
         try:
-            page = await self._reader.read(url)
+            return await self._reader.read(url)
         except Refused:
-            return known
-        if known is None:
-            return page
-        return Document(url, known.title or page.title, page.text, {**known.meta, **page.meta})
+            return None
 
     async def _search(self, query: Query) -> list[Hit]:
         count, name = min(query.k, _MOST_RESULTS), self.config.provider
@@ -141,9 +134,6 @@ class LiveBackend:
             if not isinstance(url, str) or url in hits or len(hits) == k:
                 continue
             title, snippet, date = (str(item.get(n) or "") for n in ("title", "snippet", "date"))
-            self._seen[url] = Document(url, title, snippet, {"live": True, **({"date": date} if date else {})})
-            self._seen.move_to_end(url)
-            hits[url] = Hit(url, 1.0 / (len(hits) + 1))
-        while len(self._seen) > self.config.seen_pages:
-            self._seen.popitem(last=False)
+            preview = Document(url, title, snippet, {"live": True, **({"date": date} if date else {})})
+            hits[url] = Hit(url, 1.0 / (len(hits) + 1), preview=preview)
         return list(hits.values())

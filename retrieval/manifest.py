@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from retrieval.errors import IndexMismatch, RetrievalError
 
 FORMAT = 2
-_FILE = "manifest.json"
+_FILE, _KEY = "manifest.json", "sources.key"
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,6 @@ class Manifest:
     encoder: Mapping[str, Any] | None
     """What the encoder said of itself; None without a dense leg."""
     legs: Mapping[str, Leg]
-    key: str = ""
-    """What `build_folder` was told of files and settings."""
     skipped: int = 0
     """Lines of the corpus that did not fit."""
 
@@ -69,6 +67,7 @@ class Manifest:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             format_ = stored.pop("format")
+            stored.pop("key", None)  # which folders had here before it got a file of its own
             if format_ != FORMAT:
                 raise IndexMismatch(f"{path} has format {format_}, this version reads {FORMAT}; build it again")
             legs = {
@@ -80,6 +79,30 @@ class Manifest:
             raise RetrievalError(f"{directory} holds no index; build one from a corpus") from None
         except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
             raise RetrievalError(f"{path} is not a readable manifest ({error}); build the index again") from None
+
+
+def read_key(directory: str | Path) -> str:
+    """What the builder of a folder knew its sources by; empty when that is not known."""
+    try:
+        return (Path(directory) / _KEY).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+def write_key(directory: str | Path, key: str) -> None:
+    """Beside the manifest and not in it: the same documents may come in other files, and who serves them need not care."""
+    (Path(directory) / _KEY).write_text(key, encoding="utf-8")
+
+
+def runtime_names(section: Any) -> set[str]:
+    """The fields of a configuration's section that only concern the search."""
+    return {f.name for f in fields(section) if f.metadata.get("runtime")}
+
+
+def lasting(section: Any) -> dict[str, Any]:
+    """The other fields of a section: those that change what is built."""
+    runtime = runtime_names(section)
+    return {k: v for k, v in asdict(section).items() if k not in runtime}
 
 
 def differences(built: Mapping[str, Any], other: Mapping[str, Any], verb: str = "asked for") -> list[str]:

@@ -5,7 +5,8 @@ Invariants:
   connection goes to the very address that was judged, for each redirect anew; so neither a redirect nor a name that changes its
   mind leads inside. Proxies of the environment are not used: they would resolve for themselves.
 - A body is read and unpacked piece by piece and never grows past `max_bytes`, whatever it was packed to.
-- What is no text is refused; what is text is decoded, never executed.
+- What is no text is refused; what is text is decoded, never executed. Decoding and reading of markup happen in a thread, by decoders
+  whose time is linear, so no page holds up the event loop or gets round the time limit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import re
 import socket
 import ssl
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -31,7 +31,15 @@ _TYPES = ("text/html", "application/xhtml+xml", "text/plain", "text/markdown", "
 _META_CHARSET = re.compile(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?\s*([A-Za-z0-9_.:-]{1,40})", re.IGNORECASE)
 _LONG_BLANK = re.compile(r"[ \t]{200,}")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
-_EMBEDDED = ipaddress.ip_network("64:ff9b::/96")
+_CHARSETS = frozenset(
+    """ascii utf-8 utf-8-sig utf-16 utf-16-le utf-16-be utf-32 utf-32-le utf-32-be koi8-r koi8-u mac-roman tis-620 cp866 cp874
+    shift_jis cp932 euc_jp euc_kr cp949 gb2312 gbk gb18030 big5 big5hkscs""".split()  # noqa: SIM905
+) | {*(f"iso8859-{n}" for n in range(1, 17)), *(f"cp{n}" for n in range(1250, 1259))}
+"""What pages are written in. Python knows others too, some of them of quadratic time (punycode) or no charsets at all."""
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""How a network without IPv4 names the addresses of it."""
+_DOCUMENTATION = ipaddress.ip_network("3fff::/20")
+"""Newer than the tables of Python 3.11."""
 _NEVER = frozenset(map(ipaddress.ip_address, ("168.63.129.16", "192.0.0.192", "100.100.100.200")))
 """Public by their number, but services of the cloud one runs in."""
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -138,12 +146,9 @@ class PageReader:
         body = await self._body(url, response)
         html = kind in ("text/html", "application/xhtml+xml")
         charset = re.search(r"charset\s*=\s*[\"']?([\w.:-]{1,40})", rest, re.IGNORECASE)
-        text = _decoded(body, charset[1] if charset else "", html)
+        text, title = await asyncio.to_thread(_text, body, charset[1] if charset else "", html)
         if len(_CONTROL.findall(text[:4096])) > 8:
             raise Refused(f"{_shown(url)} says it is text, but is not")
-        title = ""
-        if html:  # in a thread: markup can be made to be slow to read, and the time limit must hold then too
-            text, title = await asyncio.to_thread(PAGES[".html"], _LONG_BLANK.sub(" ", text))
         return Document(url, title or str(place)[:200], text, {"url": str(place), "live": True})
 
     async def _body(self, url: str, response: httpx.Response) -> bytes:
@@ -162,26 +167,27 @@ class PageReader:
 def is_public(address: Address) -> bool:
     """Whether an address is one of the public internet, the ones it carries inside included."""
     if isinstance(address, ipaddress.IPv6Address):
-        inner: Sequence[Address | None] = (address.ipv4_mapped, address.sixtofour, *(address.teredo or ()))
-        if address in _EMBEDDED:
-            inner = (*inner, ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        if not all(is_public(a) for a in inner if a is not None):
+        if address.ipv4_mapped is not None or address in _NAT64:
+            return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        if not all(is_public(a) for a in (address.sixtofour, *(address.teredo or ())) if a is not None):
             return False
-        if address.ipv4_mapped is not None:
-            return True
+        if address.is_site_local or address in _DOCUMENTATION:
+            return False
     return address.is_global and not address.is_multicast and not address.is_reserved and address not in _NEVER
 
 
-def _decoded(body: bytes, charset: str, html: bool) -> str:
+def _text(body: bytes, charset: str, html: bool) -> tuple[str, str]:
+    """Text and title of a body."""
     if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         charset = "utf-16"
     elif not charset and html and (found := _META_CHARSET.search(body[:2048])):
         charset = found[1].decode("ascii")
     try:
-        text = body.decode(charset or "utf-8-sig", "replace")
-    except (LookupError, ValueError):  # a charset nobody knows, or one that is no charset
-        text = body.decode("utf-8", "replace")
-    return text.encode("utf-8", "replace").decode("utf-8")  # some charsets can spell half characters
+        known = codecs.lookup(charset or "utf-8-sig").name
+    except (LookupError, ValueError):  # one that nobody knows, or that is no name
+        known = ""
+    text = body.decode(known if known in _CHARSETS else "utf-8", "replace")
+    return PAGES[".html"](_LONG_BLANK.sub(" ", text)) if html else (text, "")
 
 
 def _shown(url: str) -> str:

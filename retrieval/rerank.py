@@ -12,7 +12,7 @@ import asyncio
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -113,8 +113,8 @@ class RerankedBackend:
             return []
         deep = [Query(q.text, max(q.k, self._config.depth), q.filters) for q in queries]
         found = await self._backend.search(deep)
-        ids = list(dict.fromkeys(hit.doc_id for hits in found for hit in hits))
-        pages = dict(zip(ids, await self._backend.get(ids), strict=True))
+        ids = list(dict.fromkeys(hit.doc_id for hits in found for hit in hits if hit.preview is None))
+        pages = dict(zip(ids, await self._backend.get(ids) if ids else (), strict=True))
         return list(await asyncio.gather(*(self._order(q, h, pages) for q, h in zip(queries, found, strict=True))))
 
     async def get(self, ids: Sequence[str]) -> list[Document | None]:
@@ -132,12 +132,12 @@ class RerankedBackend:
         await self._backend.close()
 
     async def _order(self, query: Query, hits: Sequence[Hit], pages: dict[str, Document | None]) -> list[Hit]:
-        known = [(hit, page) for hit in hits if (page := pages[hit.doc_id]) is not None]
+        known = [(hit, page) for hit in hits if (page := hit.preview or pages[hit.doc_id]) is not None]
         if not known:
             return []
         passages = await self._threads.run(lambda: self._passages(query, known))
         scores = await self._scorer.score(query.text, passages)
-        scored = [Hit(h.doc_id, score, h.span) for (h, _), score in zip(known, scores, strict=True)]
+        scored = [replace(h, score=score) for (h, _), score in zip(known, scores, strict=True)]
         return sorted(scored, key=lambda h: (-h.score, h.doc_id))[: query.k]
 
     def _passages(self, query: Query, known: Sequence[tuple[Hit, Document]]) -> list[str]:

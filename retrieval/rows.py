@@ -65,8 +65,9 @@ class Rows:
         ):
 
             def flush() -> None:
-                np.array(ends, dtype="<i8").tofile(ends_file)
-                np.array(table, dtype="<u4").tofile(passages_file)
+                # not by `tofile`, whose error does not say that a disk is full
+                ends_file.write(np.array(ends, dtype="<i8").tobytes())
+                passages_file.write(np.array(table, dtype="<u4").tobytes())
                 ends.clear()
                 table.clear()
 

@@ -28,8 +28,8 @@ MAX_ITEM = 64 << 20
 """Bytes of the longest line, or of the longest file that is one document."""
 _BOM = b"\xef\xbb\xbf"
 _READ = 1 << 20
-_READ_ZST = 1 << 14
-"""Compressed bytes at a time: zstd has no bound on what they become."""
+_READ_ZST = 1 << 8
+"""Compressed bytes at a time: each 4 may become a block of 128 KiB, so these may become 8 MiB."""
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,17 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | Misfit]]:
             yield number, line.removeprefix(_BOM) if number == 1 else line
 
     pieces: list[bytes] = []
+    held = 0
     for chunk in chunks:
         first, *more = chunk.split(b"\n")
         pieces.append(first)
+        held += len(first)
         for piece in more:
             yield from ended(b"".join(pieces))
-            pieces, dropped = [piece], False
+            pieces, held, dropped = [piece], len(piece), False
             number += 1
-        if sum(map(len, pieces)) > MAX_ITEM:
-            pieces, dropped = [], True
+        if held > MAX_ITEM:
+            pieces, held, dropped = [], 0, True
     if pieces or dropped:
         yield from ended(b"".join(pieces))
 
@@ -175,7 +177,9 @@ def _parquet(source: Source) -> Iterator[Item]:
                 pa.types.is_boolean,
             )
             # vectors, images and the like beside the text would fill the store
-            names = [f.name for f in file.schema_arrow if any(is_kind(f.type) for is_kind in kinds)]
+            types = {f.name: f.type for f in file.schema_arrow}
+            types |= {n: t.value_type for n, t in types.items() if pa.types.is_dictionary(t)}
+            names = [name for name, kind in types.items() if any(is_kind(kind) for is_kind in kinds)]
             number, total = 0, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=256, columns=names, use_threads=False):
                 for row in batch.to_pylist():
@@ -226,6 +230,7 @@ def _markdown(text: str) -> tuple[str, str]:
 _TAG = re.compile(r"""<(?:(!--)|(/?)([a-zA-Z][^\s/<>]*)(?:(?:[^<>"']|"[^"<]*"|'[^'<]*')*+>|[^<>]*>)|[!?/][^<>]*>)""")
 """A comment's beginning, a tag, or a declaration. Nothing reaches past the next `<`, so the time is linear whatever a page holds: the
 standard library's parser takes seconds for some pages of 40 kB."""
+_LONGEST_TITLE = 2000
 _HIDDEN = re.compile("script|style|template|noscript|svg")
 _HEADING = re.compile("h[1-6]")
 _BREAKS = (
@@ -246,8 +251,8 @@ def _html(text: str) -> tuple[str, str]:
         if data:
             lines = unescape(data).split("\n") if pre else [unescape(data)]
             plain = "\n".join(re.sub(r"\s+", " ", line) for line in lines)
-            if into:
-                titles[into] += plain
+            if into and len(titles[into]) < _LONGEST_TITLE:  # a title that nothing closes holds the whole page
+                titles[into] += plain[:_LONGEST_TITLE]
             if into != "title":
                 parts.append(plain)
         if tag == "title" or _HEADING.fullmatch(tag):

@@ -33,7 +33,7 @@ from envs.guard import RUN_WORDS
 from envs.jsonl import write_tasks
 from retrieval.corpus import fingerprint
 
-VERSION = 1
+VERSION = 2
 """Grows when equal sources and settings would give other files."""
 REASONS = ("dead_end", "guessable", "evidence", "not_unique", "leak", "rubrics", "repeated", "overlap")
 

@@ -4,17 +4,19 @@ The lists are `apt-cache dumpavail` (all of the archive; short descriptions, who
 dpkg's status file (installed packages, whole descriptions), or the files a user names. Equal lists give equal worlds.
 
 Invariants: every triple that may be asked about stands in its package's document in the words of `PHRASES`; one of several
-alternatives (`a | b`) is never asked about, yet counts as possible.
+alternatives (`a | b`), or a source package that the text does not name, is never asked about, yet counts as possible.
 """
 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import lzma
 import re
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +104,7 @@ class Package:
     links: Mapping[str, tuple[tuple[str, ...], ...]]
     """By relation, such as `depends` and `provides`: one entry per link, the packages any one of which will do."""
     source: str = ""
-    """Where it differs from the name."""
+    """Where it differs from the name; else it is the name, which the text does not say."""
     tags: tuple[tuple[str, str], ...] = ()
     """(facet, kind) of debtags, those that `_VERBS` words."""
     digest: str = ""
@@ -143,6 +145,8 @@ class Package:
                 for name in options:
                     entity = relation in _LINKS and name in known
                     yield fact(relation, name if entity else value(name), len(options) == 1)
+        if not self.source:
+            yield fact("source", value(self.name), False)
         if self.homepage:
             yield fact("homepage", value(self.homepage))
         for token in self.summary.split():
@@ -166,11 +170,15 @@ def machine_packages() -> list[Package]:
     """All packages this machine knows, by name; whole descriptions where it has them. Raises WorldError."""
     found: list[Package] = []
     if shutil.which("apt-cache"):
-        with _output(["apt-cache", "dumpavail"]) as lines:
-            found = list(read_packages(lines))
+        try:
+            with _output(["apt-cache", "dumpavail"]) as lines:
+                found.extend(read_packages(lines))
+        except WorldError:
+            if found:  # half an archive; when there is nothing at all, there is the other list
+                raise
     if STATUS_FILE.is_file():
-        with STATUS_FILE.open(encoding="utf-8", errors="replace") as lines:
-            found += read_packages(lines)
+        with _opened(STATUS_FILE) as lines:
+            found.extend(read_packages(lines))
     if not found:
         raise WorldError(
             f"there is no package list: neither `apt-cache dumpavail` nor {STATUS_FILE} gives one; run `apt-get update`, "
@@ -288,31 +296,30 @@ def _paragraphs(lines: str) -> str:
     return "\n".join(out)
 
 
-class _output:
-    """The lines of a command, streamed. Its failure is an empty list: there are other sources."""
-
-    def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace"
-        )
-
-    def __enter__(self) -> IO[str]:
-        assert self._process.stdout is not None
-        return self._process.stdout
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._process.wait()
+@contextlib.contextmanager
+def _output(command: list[str]) -> Iterator[IO[str]]:
+    """The lines of a command, streamed. Raises WorldError when it fails, after the lines it gave."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout
+    if process.returncode:
+        raise WorldError(f"`{' '.join(command)}` failed (status {process.returncode}); run it by hand to see why")
 
 
-def _opened(path: Path) -> Any:
-    """A list as lines of text, unpacked. Raises WorldError."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Iterable[str]]:
+    """A list as lines of text, unpacked. Raises WorldError, also for what cannot be read to its end."""
     if path.suffix in (".lz4", ".zst"):
         if not _APT_HELPER.is_file():
             raise WorldError(f"{path} cannot be unpacked here; unpack it first")
-        return _output([str(_APT_HELPER), "cat-file", str(path)])
+        with _output([str(_APT_HELPER), "cat-file", str(path)]) as lines:
+            yield lines
+        return
     try:
-        return _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise WorldError(f"{path} cannot be read: {error.strerror or error}") from None
+        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8", errors="replace") as lines:
+            yield lines
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WorldError(f"{path} cannot be read to its end: {reason}; fetch it again") from None

@@ -33,6 +33,8 @@ from envs.serve.wire import HttpError, as_http, error_response, json_response
 from retrieval.service import SearchService
 
 _CHECK_S = 10.0
+_PAID_EVERY_S = 3600.0
+"""How long a good outcome stands where each search is paid for."""
 
 
 def make_app(backend: Backend, config: ServeConfig | None = None) -> ASGIApp:
@@ -67,8 +69,9 @@ def make_app(backend: Backend, config: ServeConfig | None = None) -> ASGIApp:
             await service.close()
 
     gets = {"/healthz": healthz, "/metrics": metrics, "/openapi.json": openapi}
-    routes = [Route(p.path, _safe(p, service), methods=["POST"]) for p in posts]
-    routes += [Route(path, _safe(answer, service), methods=["GET"]) for path, answer in gets.items()]
+    limit_s = config.request_timeout_s
+    routes = [Route(p.path, _safe(p, service, limit_s), methods=["POST"]) for p in posts]
+    routes += [Route(path, _safe(answer, service, limit_s), methods=["GET"]) for path, answer in gets.items()]
     routes.append(Route("/mcp", _Mcp(manager), methods=["POST"]))  # without sessions there is nothing to GET
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _refuse})
     app.router.redirect_slashes = False
@@ -82,27 +85,29 @@ class Health:
 
     def __init__(self, service: SearchService, every_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._service, self._every_s, self._clock = service, every_s, clock
-        self._good_until = -1.0
+        self._until, self._fault = -1.0, ""
         self._lock = asyncio.Lock()
 
     async def check(self) -> None:
         """Raises HttpError 503 while search does not work."""
         async with self._lock:
-            if self._clock() < self._good_until:
-                return
-            try:
-                await asyncio.wait_for(self._service.check(), _CHECK_S)
-            except Exception as error:
-                self._good_until = -1.0
-                known = as_http(error)
-                raise HttpError(503, "Unhealthy", f"a search failed: {known.message}", retry_after_s=1) from None
-            self._good_until = self._clock() + self._every_s
+            if self._clock() >= self._until:
+                self._fault, every_s = "", self._every_s
+                try:
+                    await asyncio.wait_for(self._service.check(), _CHECK_S)
+                    if "live" in self._service.info().capabilities:
+                        every_s = max(every_s, _PAID_EVERY_S)
+                except Exception as error:
+                    self._fault = f"a search failed: {as_http(error).message}"
+                self._until = self._clock() + every_s
+        if self._fault:
+            raise HttpError(503, "Unhealthy", self._fault, retry_after_s=1)
 
 
 def prometheus(figures: Mapping[str, Any], answers: Mapping[tuple[str, int], int]) -> str:
     """Figures in Prometheus' text form."""
     lines = [
-        f"gumshoe_{re.sub(r'[^a-zA-Z0-9_]', '_', name)} {float(value):g}"
+        f"gumshoe_{re.sub(r'[^a-zA-Z0-9_]', '_', name)} {value:.15g}"
         for name, value in sorted(figures.items())
         if isinstance(value, (int, float))
     ]
@@ -124,12 +129,14 @@ class _Mcp:
         await self._manager.handle_request(scope, receive, send)
 
 
-def _safe(answer: Callable[[Request], Any], service: SearchService) -> Callable[[Request], Any]:
-    """Errors become typed answers, and good answers name the index they come from, so that a client's caches never mix two."""
+def _safe(answer: Callable[[Request], Any], service: SearchService, limit_s: float) -> Callable[[Request], Any]:
+    """Errors, a spent time limit too, become typed answers; good answers name the index they come from, so that a client's
+    caches never mix two."""
 
     async def safe(request: Request) -> Response:
         try:
-            response: Response = await answer(request)
+            async with asyncio.timeout(limit_s):
+                response: Response = await answer(request)
         except Exception as error:
             return error_response(error, request.url.path)
         info = service.info()

@@ -6,6 +6,7 @@ tools keep nothing between calls, so any call may reach any server of the same c
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -71,14 +72,17 @@ def mcp_server(service: SearchService, config: ServeConfig) -> Server[Any]:
     async def search(arguments: dict[str, Any]) -> dict[str, Any]:
         query = arguments["query"]
         hits = (await service.search([Query(query, int(arguments.get("k", config.topk)))]))[0]
-        documents = await service.get([h.doc_id for h in hits])
-        return {
-            "results": [
+        documents = iter(await service.get([h.doc_id for h in hits if h.preview is None]))
+        pairs = [(h, h.preview or next(documents)) for h in hits]
+
+        def shown() -> list[dict[str, Any]]:
+            return [
                 {"docid": d.id, "score": h.score, "title": one_line(d.title),
                  "text": window(d.text if h.span is None else d.text[slice(*h.span)], query, _SNIPPET_CHARS)}
-                for h, d in zip(hits, documents, strict=True) if d is not None
-            ]
-        }  # fmt: skip
+                for h, d in pairs if d is not None
+            ]  # fmt: skip
+
+        return {"results": await asyncio.to_thread(shown)}  # pages may be long, and others wait
 
     async def get_document(arguments: dict[str, Any]) -> dict[str, Any]:
         document = (await service.get([arguments["docid"]]))[0]
@@ -99,7 +103,8 @@ def mcp_server(service: SearchService, config: ServeConfig) -> Server[Any]:
         if fault := checks[params.name](arguments):
             return _failed(fault)
         try:
-            value = await answers[params.name](arguments)
+            async with asyncio.timeout(config.request_timeout_s):
+                value = await answers[params.name](arguments)
         except Exception as error:
             return _failed(as_http(error).message)
         said = json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
 """The protocol of CaRR's tool server: one POST route, a session per trajectory, `browser.search`, `browser.open`, `browser.find`.
 
 A call is `{"session_id", "name", "arguments", "remote_env_info"}` and its answer `{"output": text}`; `start_session` and
-`close_session` frame a trajectory. `remote_env_info.search_forbidden_strs` are texts whose repetitions are hidden.
+`close_session` frame a trajectory. `remote_env_info.search_forbidden_strs` are texts whose repetitions are hidden from then on.
 
 Invariants: state belongs to a session, and calls of one session run one after another; what an agent does wrong is a sentence it
 reads, while trouble of the search engine is an HTTP error; sessions are bounded in number and forgotten when idle; what stands
@@ -18,6 +18,8 @@ from typing import Any
 
 from agents.types import Task, ToolCall, ToolEvent
 from envs.guard import Guards, guard_of, question_rule
+from envs.journal import Journal
+from envs.masks import Sight
 from envs.sandbox import Session
 from envs.serve.config import ServeConfig
 from envs.serve.wire import Endpoint, HttpError, Schema
@@ -30,21 +32,32 @@ TOOLS = {
     "browser.find": ("find", {}),
 }
 """Name here: name in the sandbox, and arguments that have another name there."""
+_MOST_TEXTS = 64
+_Key = tuple[bool, str | int]
+"""Whether it is a text, and a session's id: 1 and "1" are two."""
 
 
 class _Held:
-    """A session, and the guard that its latest call sets."""
+    """A session, and the guard that its calls set."""
 
     def __init__(self, service: SearchService, config: ServeConfig) -> None:
         self._guards = guard_of(config.sandbox, Task("serve", "-")) or Guards(())
-        self._always = tuple(self._guards.rules)
-        self.session = Session(service, config.sandbox, guard=self._guards)
+        self._texts: set[str] = set()
+        # what is fetched and what was called stays in no session: there may be thousands, and the service keeps pages for all
+        self.session = Session(service, config.sandbox, guard=self._guards, journal=Journal(keep=False), kept_chars=0)
         self.lock = asyncio.Lock()
         self.used = 0.0
 
     def forbid(self, texts: Sequence[str]) -> None:
-        """Hides what repeats any of the texts."""
-        self._guards.rules[:] = [*self._always, *map(question_rule, texts)]
+        """Hides from now on what repeats any of the texts. Raises HttpError when there are too many."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if len(self._texts) + len(new) > _MOST_TEXTS:
+            raise HttpError(422, "BadRequest", f"a session may forbid at most {_MOST_TEXTS} texts")
+        self._texts.update(new)
+        self._guards.rules += map(question_rule, new)
+        page = self.session._page
+        if new and page is not None and self._guards.review(Sight(page))[0] is None:
+            self.session._page = None  # nor may `find` read on in it
 
 
 class Sessions:
@@ -54,20 +67,21 @@ class Sessions:
         self, service: SearchService, config: ServeConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._service, self._config, self._clock = service, config, clock
-        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._held: OrderedDict[_Key, _Held] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._held)
 
     async def call(self, body: dict[str, Any]) -> dict[str, Any]:
         """One call. Raises Overloaded, and HttpError when the search engine failed."""
-        key, name = str(body["session_id"]), body["name"]
+        key, name = (isinstance(body["session_id"], str), body["session_id"]), body["name"]
+        texts = (body.get("remote_env_info") or {}).get("search_forbidden_strs") or ()
         if name == "close_session":
             self._held.pop(key, None)
             return {"output": "The session is closed."}
         if name == "start_session":
             self._held.pop(key, None)
-            self._take(key)
+            self._take(key).forbid(texts)
             return {"output": "The session is open."}
         if name not in TOOLS:
             return {"output": f"There is no function {name[:100]!r}; there are {', '.join(TOOLS)}."}
@@ -75,13 +89,13 @@ class Sessions:
         arguments = {renamed.get(k, k): v for k, v in (body.get("arguments") or {}).items()}
         held = self._take(key)
         async with held.lock:
-            held.forbid((body.get("remote_env_info") or {}).get("search_forbidden_strs") or ())
+            held.forbid(texts)
             event = await held.session.call(ToolCall(tool, arguments))
         if event.error == "backend":
             raise HttpError(503, "BackendFailed", event.text.removeprefix("Error: "), retry_after_s=1)
         return {"output": _output(event)}
 
-    def _take(self, key: str) -> _Held:
+    def _take(self, key: _Key) -> _Held:
         now = self._clock()
         while self._held:
             old, held = next(iter(self._held.items()))
@@ -109,7 +123,7 @@ def endpoint(sessions: Sessions) -> Endpoint:
                 "name": {"type": "string", "description": f"start_session, close_session, {', '.join(TOOLS)}."},
                 "arguments": {"type": ["object", "null"], "description": "search: query, num; open: id (number in the latest search, or URL Source); find: pattern."},
                 "remote_env_info": {"type": ["object", "null"], "properties": {
-                    "search_forbidden_strs": {"anyOf": [texts, {"type": "null"}], "description": "Pages that repeat 13 words in a row of one of these are hidden."}}},
+                    "search_forbidden_strs": {"anyOf": [texts, {"type": "null"}], "description": "Pages that repeat 13 words in a row of one of these are hidden, for the rest of the session."}}},
             },
         },
         gives={"type": "object", "required": ["output"], "properties": {"output": {"type": "string"}}},

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,41 @@ def test_any_bytes_are_documents_or_one_line_errors(
         else:
             assert len(found) == report.documents > 0
             json.dumps([[d.id, d.title, d.text] for d in found], ensure_ascii=False).encode()
+
+
+def test_a_packed_burst_is_unpacked_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, longest, lines = tmp_path / "z.jsonl.zst", [0], sources._lines
+    path.write_bytes(zstandard.ZstdCompressor(level=19).compress(b" " * (100 << 20) + b"\n" + GOOD.encode()))
+    assert path.stat().st_size < 20_000
+
+    def watched(chunks: Iterator[bytes]) -> Iterator[tuple[int, Any]]:
+        return lines(longest.append(len(c)) or c for c in chunks)  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(sources, "_lines", watched)
+    documents, report = load_documents(path, malformed="skip")
+    assert [d.id for d in documents] == ["a"] and report.skipped == 1
+    assert max(longest) <= 9 << 20
+
+
+def test_parquet_columns_of_categories_are_text(tmp_path: Path) -> None:
+    table = pa.table({"id": ["1", "2"], "text": pa.array(["x", "y"]).dictionary_encode(), "n": [[1], [2]]})
+    parquet.write_table(table, tmp_path / "c.parquet")
+    assert load_documents(tmp_path / "c.parquet")[0] == [Document("1", "", "x"), Document("2", "", "y")]
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "c.jsonl", GOOD)
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(CorpusError, match=r"locked cannot be read: Permission denied; mend"):
+        load_documents(tmp_path)
 
 
 def test_ids_are_remembered_beyond_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,13 @@ def test_every_usable_triple_stands_in_its_document(listing: Path) -> None:
     assert not fish["word"][value("calm")].usable  # written with a capital: whoever looks for the word may not find it
 
 
+def test_a_source_of_the_same_name_counts_but_is_not_asked_about(listing: Path) -> None:
+    source = debian_source(listing)
+    graph = Graph(source.documents, source.triples)
+    assert not graph.out["waterlib"]["source"][value("waterlib")].usable
+    assert list(graph.out["fishtank"]["source"]) == [value("aquaria")]
+
+
 def test_every_relation_of_the_lists_is_worded() -> None:
     for name, relation in PHRASES.relations.items():
         assert "{subject}" in relation.says and "{object}" in relation.says, name
@@ -124,6 +133,35 @@ def test_broken_bytes_in_a_list_do_no_harm(tmp_path: Path) -> None:
     )
     assert len(listed_packages(tmp_path / "Packages")) == 4
     assert list(read_packages([" a continuation of nothing", "Package"])) == []
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2"])
+def test_a_list_cut_short_is_one_line(tmp_path: Path, suffix: str) -> None:
+    plain = (LISTING * 200).encode()
+    packed = {".gz": gzip.compress(plain), ".xz": lzma.compress(plain), ".bz2": bz2.compress(plain)}[suffix]
+    for broken in (packed[: len(packed) // 2], packed[:20] + b"\0" * 40 + packed[60:], b"no such format"):
+        (tmp_path / f"Packages{suffix}").write_bytes(broken)
+        with pytest.raises(WorldError, match="cannot be read to its end") as refused:
+            listed_packages(tmp_path)
+        assert "\n" not in str(refused.value)
+
+
+def test_an_apt_that_dies_midway_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = tmp_path / "status"
+    status.write_text(LISTING)
+    monkeypatch.setattr(debian, "STATUS_FILE", status)
+    monkeypatch.setattr(debian, "LISTS", tmp_path / "none")
+    monkeypatch.setattr(debian.shutil, "which", lambda name: name)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    apt = tmp_path / "apt-cache"
+    for said, works in (("", True), (r"printf 'Package: a\nDescription: b\n'", False)):
+        apt.write_text(f"#!/bin/sh\n{said}\nexit 100\n", encoding="utf-8")
+        apt.chmod(0o755)
+        if works:  # nothing at all: the other list serves
+            assert len(machine_packages()) == 4
+        else:
+            with pytest.raises(WorldError, match=r"`apt-cache dumpavail` failed \(status 100\)"):
+                machine_packages()
 
 
 def test_without_a_list_one_line_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,31 @@ def test_https_where_no_tls_is_spoken_says_so() -> None:
         open_backend(replace(config(double), urls=[double.url.replace("http:", "https:")]))
 
 
+@pytest.mark.parametrize(
+    ("encoder", "similarity", "scores", "products"),
+    [
+        ({"normalize": True}, "dot_product", (1.0, 0.5), (1.0, 0.0)),
+        ({"kind": "hashing"}, "dot_product", (0.9, 0.0), (0.8, -1.0)),
+        ({"normalize": False}, "max_inner_product", (38.5, 1.0, 0.2), (37.5, 0.0, -4.0)),
+    ],
+)
+def test_scores_of_vectors_are_inner_products_whatever_their_length(
+    encoder: Any, similarity: str, scores: Any, products: Any
+) -> None:
+    layout = form.layout(
+        ElasticConfig(mode="dense"),
+        corpus="c",
+        documents=9,
+        title_weight=2,
+        chunk=ChunkConfig(),
+        encoder=encoder,
+        dims=8,
+    )
+    assert form.creation(layout)["mappings"]["properties"]["vector"]["similarity"] == similarity
+    reply = {"hits": {"hits": [{"sort": [score, f"d{i}", 0, 1]} for i, score in enumerate(scores)]}}
+    assert [h.score for h in form.hits(reply, layout, vectors=True)] == pytest.approx(products)
+
+
 async def test_half_an_answer_is_no_answer() -> None:
     good = {"hits": {"hits": []}, "timed_out": False, "_shards": {"failed": 0}}
     layout = form.layout(

@@ -22,9 +22,11 @@ from cluster.errors import UserError
 from cluster.index import Reporter, columns_of
 from cluster.world import CorpusWorldConfig, WorldSource, open_world
 from gumshoe import ROOT
-from retrieval.backend import BackendConfig, build_backend, open_backend
+from retrieval.backend import BackendConfig, Corpus, build_backend, open_backend
 from retrieval.config import KINDS
 from retrieval.errors import RetrievalError
+from retrieval.estimate import measure
+from retrieval.faiss_config import FaissConfig, smaller
 from retrieval.manifest import Manifest
 from retrieval.remote import RemoteConfig
 from tests.builders import write_documents
@@ -173,6 +175,40 @@ def test_a_dry_run_tells_what_is_needed_and_builds_nothing(
         assert re.search(r"fits     no: memory 20\d kB is more than the 1 kB free here", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("faiss", "says"),
+    [
+        (["nlist=900", "index=ivf_flat"], "faiss"),
+        (["index=sq8", "keep_vectors=false"], "; 256 kB more while it is built"),
+        (["index=ivf_flat", "device=gpu"], "GB of the GPUs"),
+    ],
+)
+def test_a_dry_run_of_a_trained_index_goes_by_a_smaller_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, faiss: list[str], says: str
+) -> None:
+    monkeypatch.setattr("retrieval.estimate._TRIAL_ROWS", (100, 400))
+    write_documents(tmp_path / "c.jsonl", corpus(1000, words=4))
+    settings = [f"retrieval.faiss.{setting}" for setting in faiss]
+    assert main(["index", str(tmp_path / "c.jsonl"), SMALL, *settings, "--out", str(tmp_path / "i"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "fits     yes" in shown and says in shown
+
+
+def test_the_memory_of_a_sparse_build_is_counted(pages: Path, tmp_path: Path) -> None:
+    found = measure(BackendConfig(kind="bm25"), Corpus([pages]))
+    assert found.build_bytes == 50 * 32 * 14  # 30 words, and the title twice
+
+
+def test_a_smaller_index_of_the_same_kind_by_hand() -> None:
+    of = lambda index, rows, **more: smaller(FaissConfig(index=index, **more), 1_000_000, 64, rows)  # noqa: E731
+    assert of("flat", 1000)[1:] == (1000, 1000.0)
+    config, rows, factor = of("ivf_pq", 1000, nlist=4000)
+    assert (config.index, rows, factor) == ("IVF4,PQ8x8", 1000, 1_000_000.0)
+    config, rows, factor = of("OPQ16,IVF65536_HNSW32,PQ16x12", 1000)  # 12-bit codes train on 4096 rows
+    assert (config.index, rows) == ("OPQ16,IVF268_HNSW32,PQ16x12", 4096)
+    assert smaller(FaissConfig(), 10, 64, 1000)[1:] == (10, 1.0)
+
+
 def test_progress_shows_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -224,6 +260,18 @@ def test_a_world_over_any_corpus_or_over_a_built_index(pages: Path, tmp_path: Pa
     assert open_world(WorldSource("jsonl", jsonl=built), remote, tmp_path, tmp_path).index_dir == ""
     with pytest.raises(UserError, match=r"either world\.jsonl\.corpus or world\.jsonl\.index"):
         open_world(WorldSource("jsonl", jsonl=CorpusWorldConfig(tasks=built.tasks)), small, tmp_path, tmp_path)
+
+
+def test_runs_that_read_a_corpus_otherwise_have_folders_of_their_own(tmp_path: Path) -> None:
+    path, small = tmp_path / "c.jsonl", BackendConfig()
+    small.encoder.dim = 64
+    path.write_text('{"id": "d00003", "text": "one", "body": "two"}\n')
+    worlds = [
+        CorpusWorldConfig([str(path)], tasks(tmp_path), columns=columns, malformed=malformed)
+        for columns, malformed in (({}, "error"), ({"text": "body"}, "error"), ({}, "skip"))
+    ]
+    opened = [open_world(WorldSource("jsonl", jsonl=w), small, tmp_path, tmp_path).index_dir for w in worlds]
+    assert len(set(opened)) == 3
 
 
 async def test_a_hybrid_folder_serves_its_legs_too(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import httpx
 import pytest
 
-from agents.types import Document, Hit, Query
+from agents.types import Document, Hit, Query, ToolCall
+from envs.sandbox import Session
 from retrieval.asking import HttpConfig
 from retrieval.errors import BadQuery, Overloaded, RetrievalError
 from retrieval.live import LiveBackend, LiveConfig
 from retrieval.reader import Refused
+from retrieval.service import SearchService
 
 KEY = "the-secret-key"
 ROWS = [
@@ -50,8 +52,10 @@ async def test_serper_is_asked_as_it_wants() -> None:
         assert json.loads(request.content) == {"q": "who", "num": 2}
         return httpx.Response(200, json={"organic": ROWS})
 
+    one = Document("https://one.example/", "One", "first", {"live": True, "date": "2 May 2024"})
+    two = Document("https://two.example/", "", "", {"live": True})
     assert await live(handler).search([Query("who", 2)]) == [
-        [Hit("https://one.example/", 1.0), Hit("https://two.example/", 0.5)]
+        [Hit(one.id, 1.0, preview=one), Hit(two.id, 0.5, preview=two)]
     ]
 
 
@@ -65,20 +69,28 @@ async def test_serpapi_is_asked_as_it_wants() -> None:
     assert [h.doc_id for h in hits] == ["https://one.example/", "https://two.example/", "https://three.example/"]
 
 
-async def test_pages_are_read_and_what_cannot_be_read_is_its_snippet() -> None:
+async def test_pages_are_read_when_they_are_asked_for() -> None:
     backend = live(lambda r: httpx.Response(200, json={"organic": ROWS}))
-    await backend.search([Query("who", 5)])
-    one, three, unseen, private, word = await backend.get(
-        ["https://one.example/", "https://three.example/", "https://new.example/", "http://private/", "a word"]
-    )
-    assert one is not None and (one.title, one.text, one.meta["date"]) == (
-        "One",
-        "text of https://one.example/",
-        "2 May 2024",
-    )
-    assert three == Document("https://three.example/", "Three", "third", {"live": True})
-    assert unseen is not None and unseen.title == "Title of the page"
+    one, private, word = await backend.get(["https://one.example/", "http://private/", "a word"])
+    assert one is not None and (one.title, one.text) == ("Title of the page", "text of https://one.example/")
     assert private is None and word is None
+
+
+async def test_a_search_shows_what_the_provider_says_and_only_an_open_reads() -> None:
+    read: list[str] = []
+
+    class Noting(Reader):
+        async def read(self, url: str) -> Document:
+            read.append(url)
+            return await super().read(url)
+
+    answers = httpx.MockTransport(lambda r: httpx.Response(200, json={"organic": ROWS}))
+    session = Session(SearchService(LiveBackend(LiveConfig(), transport=answers, reader=Noting())))  # type: ignore[arg-type]
+    found = await session.call(ToolCall("search", {"query": "who"}))
+    assert "Description: third" in found.text and not read
+    page = await session.call(ToolCall("open", {"doc_id": "https://one.example/"}))
+    assert "text of https://one.example/" in page.text and read == ["https://one.example/"]
+    assert (await session.call(ToolCall("open", {"doc_id": "https://three.example/"}))).error == "not_found"
 
 
 async def test_it_says_that_it_is_not_repeatable() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -66,6 +69,26 @@ async def test_a_failing_engine_is_an_error_without_a_trace() -> None:
         assert answer.is_error and "secret" not in answer.content[0].text
         backend.fails = RetrievalError("the index is gone")
         assert "the index is gone" in (await client.call_tool("search", {"query": "cat"})).content[0].text
+
+
+async def test_a_tool_ends_in_time_and_long_pages_do_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asleep(Words):
+        async def search(self, queries: Any) -> Any:
+            await asyncio.sleep(60)
+
+    async with Client(mcp_server(SearchService(Asleep()), ServeConfig(request_timeout_s=0.05))) as client:
+        answer = await client.call_tool("search", {"query": "cat"})
+        assert answer.is_error and "in time" in answer.content[0].text
+    threads: set[int] = set()
+
+    def window(*_: object) -> str:
+        threads.add(threading.get_ident())
+        return "cut"
+
+    monkeypatch.setattr("envs.serve.mcp_tools.window", window)
+    async with Client(mcp_server(SearchService(Words()), ServeConfig())) as client:
+        assert not (await client.call_tool("search", {"query": "cat"})).is_error
+    assert threads and threading.get_ident() not in threads
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy"])

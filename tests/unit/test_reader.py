@@ -89,7 +89,7 @@ async def test_the_connection_goes_to_the_address_that_was_judged() -> None:
 INSIDE = [
     "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0x7f.1", "0177.0.0.1", "017700000001", "0", "0.0.0.0",
     "10.1.2.3", "172.16.0.1", "192.168.1.1", "100.64.0.1", "169.254.169.254", "168.63.129.16", "192.0.0.192", "100.100.100.200",
-    "224.0.0.1", "255.255.255.255", "[::1]", "[::]", "[fc00::1]", "[fd00:ec2::254]", "[fe80::1]", "[ff02::1]",
+    "224.0.0.1", "255.255.255.255", "[::1]", "[::]", "[fc00::1]", "[fd00:ec2::254]", "[fe80::1]", "[fec0::1]", "[feff::1]", "[3fff::1]", "[ff02::1]",
     "[::ffff:127.0.0.1]", "[::ffff:10.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[::127.0.0.1]",
 ]  # fmt: skip
 
@@ -236,12 +236,21 @@ async def test_what_only_says_it_is_text_is_refused() -> None:
         ("é".encode(), "text/plain; charset=no-such", "é"),
         ("é".encode(), "text/plain; charset=zip", "é"),
         (b"a\xffb", "text/plain; charset=utf-8", "a\ufffdb"),
-        (b"+2AA-", "text/plain; charset=utf-7", "?"),
+        (b"+2AA-", "text/plain; charset=utf-7", "+2AA-"),
+        ("日本".encode("shift_jis"), "text/plain; charset=Shift_JIS", "日本"),
         (b'{"a": 1}', "application/json", '{"a": 1}'),
     ],
 )
 async def test_charsets(body: bytes, kind: str, text: str) -> None:
     assert (await Web(root=page(body, kind)).reader().read("https://page.example/")).text == text
+
+
+async def test_no_page_makes_the_reader_slow() -> None:
+    """Both took minutes: a charset whose decoder is quadratic, and a title that nothing closes."""
+    body = b"a-" + b"b9" * 500_000
+    assert (await Web(root=page(body, "text/plain; charset=punycode")).reader().read("https://page.example/")).text
+    endless = page(b"<title>" + b"ab<b>" * 100_000)
+    assert len((await Web(root=endless).reader().read("https://page.example/")).title) <= 2000
 
 
 async def test_errors_and_silence_are_refusals() -> None:
@@ -271,5 +280,7 @@ def test_an_address_inside_another_is_judged_like_itself(address: ipaddress.IPv4
         str(ipaddress.IPv6Address((0x2002 << 112) | packed << 80)),
     ):
         assert not is_public(ipaddress.ip_address(outer)) or is_public(address)
+    for outer in (f"::ffff:{address}", str(ipaddress.IPv6Address((0x64FF9B << 96) | packed))):
+        assert is_public(ipaddress.ip_address(outer)) == is_public(address)
     if is_public(address):
         assert address.is_global and not address.is_multicast

@@ -101,6 +101,13 @@ async def test_a_token_is_sent_and_its_absence_told(monkeypatch: pytest.MonkeyPa
         RemoteBackend(RemoteConfig(url="http://c:1", token_env="MY_TOKEN"))
 
 
+def test_an_address_with_a_password_is_refused_without_showing_it() -> None:
+    for url in ("http://ann:S3CRET@corpus:8000", "ann:S3CRET@corpus:8000"):
+        with pytest.raises(RetrievalError, match=r"retrieval\.remote\.token_env") as caught:
+            RemoteBackend(RemoteConfig(url=url))
+        assert "S3CRET" not in str(caught.value)
+
+
 @pytest.mark.parametrize("url", ["", "corpus:8000", "ftp://corpus", "http://"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(RetrievalError, match=r"retrieval\.remote\.url"):
@@ -166,6 +173,35 @@ async def test_bare_documents_are_ranked_as_they_come() -> None:
     (hits,) = await backend.search([Query("q", 2)])
     assert [h.score for h in hits] == [1.0, 0.5] and hits[0].doc_id == "b"
     assert len(hits[1].doc_id) == 24, "a document without an id gets one of its content"
+
+
+async def test_a_passage_whose_page_cannot_be_had_is_a_document_of_its_own() -> None:
+    rows = [
+        {"id": "p", "contents": "P\nin the middle", "span": [20, 33]},
+        {"id": "p", "contents": "P\nat the end", "span": [50, 60]},
+        {"id": "q", "contents": "Q\nfound", "span": [3, 8]},
+        {"id": "r", "contents": "R\nmoved", "span": [3, 8]},
+    ]
+    pages = {"q": {"id": "q", "contents": "Q\nis found here"}, "r": {"id": "r", "contents": "R\nan edited page"}}
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        return httpx.Response(200, json={"result": [pages.get(u) for u in body["urls"]] if "urls" in body else [rows]})
+
+    backend = remote(handler)
+    (hits,) = await backend.search([Query("x", 4)])
+    assert [h.span for h in hits] == [None, None, (3, 8), None] and len({h.doc_id for h in hits}) == 4
+    texts = [d.text for d in await backend.get([h.doc_id for h in hits]) if d]
+    assert texts == ["in the middle", "at the end", "is found here", "moved"]
+    assert await backend.search([Query("x", 4)]) == [hits]
+
+
+async def test_passages_of_one_address_keep_their_own_text() -> None:
+    rows = [{"url": "u", "title": "A", "text": "first"}, {"url": "u", "title": "A", "text": "second"}]
+    backend = remote(lambda r: httpx.Response(404) if r.url.path == "/access" else gives({"result": [rows]})(r))
+    (hits,) = await backend.search([Query("x", 2)])
+    assert hits[0].doc_id == "u" and hits[1].doc_id.startswith("u#")
+    assert [d and d.text for d in await backend.get([h.doc_id for h in hits])] == ["first", "second"]
 
 
 async def test_half_characters_do_not_come_in() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +17,23 @@ from hypothesis import strategies as st
 
 from agents.types import Document, Query
 from retrieval.analysis import analyzer, words
-from retrieval.backend import BackendConfig, IndexedBackend, build_backend, open_backend, prepare_backend
+from retrieval.backend import (
+    BackendConfig,
+    Corpus,
+    IndexedBackend,
+    IndexFolder,
+    build_backend,
+    open_backend,
+    prepare_folder,
+)
+from retrieval.build import Busy
 from retrieval.chunks import ChunkConfig
+from retrieval.corpus import CorpusReport
 from retrieval.encoders import EncoderConfig
 from retrieval.engine import Found, Queries
 from retrieval.errors import BadQuery, Closed, CorpusError, IndexMismatch, RetrievalError
 from retrieval.faiss_config import FaissConfig
+from retrieval.hybrid import HybridConfig
 from retrieval.manifest import Manifest
 from retrieval.rerank import RerankConfig
 from tests.builders import write_documents
@@ -124,15 +137,66 @@ def test_a_folder_whose_parts_disagree_is_refused_with_both_values(tmp_path: Pat
 
 
 def test_prepare_reuses_what_fits_and_rebuilds_what_does_not(tmp_path: Path) -> None:
-    path, config = tmp_path / "c.jsonl", BackendConfig(kind="bm25")
+    path, out, config = tmp_path / "c.jsonl", tmp_path / "i", BackendConfig(kind="bm25")
     write_documents(path, corpus(20))
-    first = prepare_backend(config, path, tmp_path / "i")
-    made = (tmp_path / "i" / "manifest.json").stat().st_mtime_ns
-    assert prepare_backend(config, path, tmp_path / "i").info() == first.info()
-    assert (tmp_path / "i" / "manifest.json").stat().st_mtime_ns == made
+    assert prepare_folder(config, Corpus([path]), out)
+    assert not prepare_folder(config, Corpus([path]), out)
+    assert not prepare_folder(config, Corpus([path], columns={"title": "title"}), out), "the same documents"
     write_documents(path, corpus(21))
-    assert prepare_backend(config, path, tmp_path / "i").info().num_docs == 21
-    assert prepare_backend(BackendConfig(kind="faiss"), path, tmp_path / "i").info().name == "faiss"
+    assert prepare_folder(config, Corpus([path]), out) and Manifest.read(out).documents == 21
+    assert prepare_folder(BackendConfig(), Corpus([path]), out) and list(Manifest.read(out).legs) == ["faiss"]
+    assert prepare_folder(BackendConfig(shards=2), Corpus([path]), out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "i"]
+
+
+def test_a_corpus_whose_files_were_touched_is_read_once_more_not_at_every_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out, config = tmp_path / "c.jsonl", tmp_path / "i", BackendConfig(kind="bm25")
+    write_documents(path, corpus(20))
+    prepare_folder(config, Corpus([path]), out)
+    reads, read, manifest = [], Corpus.read, (out / "manifest.json").read_bytes()
+
+    def counted(self: Corpus, report: CorpusReport) -> Iterator[Document]:
+        reads.append(1)
+        return read(self, report)
+
+    monkeypatch.setattr(Corpus, "read", counted)
+    os.utime(path, (1, 1))
+    assert not any(prepare_folder(config, Corpus([path]), out) for _ in range(3))
+    assert len(reads) == 1
+    # those who serve the folder know it by its manifest
+    assert (out / "manifest.json").read_bytes() == manifest
+
+    # while another process builds it, the corpus is read once, not at every look
+    reads.clear()
+    write_documents(path, corpus(21))
+    turns = []
+
+    def busy(*args: object, **more: object) -> None:
+        turns.append(1)
+        if len(turns) == 4:
+            raise RetrievalError("enough")
+        raise Busy("building")
+
+    monkeypatch.setattr("retrieval.backend.build_folder", busy)
+    monkeypatch.setattr("time.sleep", lambda s: None)
+    with pytest.raises(RetrievalError, match="enough"):
+        prepare_folder(config, Corpus([path]), out)
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize(
+    "lost", ["faiss/000/vectors.npy", "bm25/000/meta.json", "rows/ids.utf8", "documents.sqlite", "encoder.npz"]
+)
+def test_a_damaged_folder_is_built_again(tmp_path: Path, lost: str) -> None:
+    path, out = tmp_path / "c.jsonl", tmp_path / "i"
+    write_documents(path, corpus(20))
+    config = BackendConfig(kind="hybrid", encoder=EncoderConfig(dim=64))
+    prepare_folder(config, Corpus([path]), out)
+    (out / lost).unlink()
+    assert prepare_folder(config, Corpus([path]), out) and (out / lost).exists()
+    assert not prepare_folder(config, Corpus([path]), out)
 
 
 def tied(rng: random.Random, n: int) -> list[Document]:
@@ -224,3 +288,34 @@ async def test_auto_takes_all_settings_from_the_folder(tmp_path: Path) -> None:
 def test_what_cannot_be_sharded_says_so() -> None:
     with pytest.raises(RetrievalError, match="bm25 index cannot be cut into shards; set shards=1"):
         build_backend(BackendConfig(kind="bm25", shards=2), corpus(20))
+
+
+def test_a_folder_does_not_say_where_queries_and_secrets_go(tmp_path: Path) -> None:
+    made = BackendConfig(
+        encoder=EncoderConfig(dim=64, url="http://builder:1/v1", api_key_env="BUILDERS_KEY", batch_size=7)
+    )
+    build_backend(made, corpus(5), tmp_path / "i")
+    manifest = tmp_path / "i" / "manifest.json"
+    assert not any(word in manifest.read_text() for word in ("builder", "BUILDERS_KEY", "nprobe", "batch_size"))
+    foreign = json.loads(manifest.read_text())
+    foreign["config"]["encoder"] |= {"url": "http://evil/v1", "api_key_env": "MY_SECRET"}
+    manifest.write_text(json.dumps(foreign))
+    mine = BackendConfig(kind="auto", encoder=EncoderConfig(url="http://mine:1/v1"))
+    encoder = IndexFolder(mine, tmp_path / "i").config.encoder
+    assert (encoder.dim, encoder.url, encoder.api_key_env) == (64, "http://mine:1/v1", "")
+
+
+def test_auto_searches_as_the_config_says(tmp_path: Path) -> None:
+    made = BackendConfig(kind="hybrid", hybrid=HybridConfig(legs=["faiss", "bm25"]), encoder=EncoderConfig(dim=64))
+    build_backend(made, corpus(5), tmp_path / "i")
+    asked = BackendConfig(
+        kind="auto",
+        faiss=FaissConfig(nprobe=3, ef_search=500, refine_factor=2),
+        hybrid=HybridConfig(rrf_k=9, degrade=True),
+    )
+    found = IndexFolder(asked, tmp_path / "i").config
+    assert (found.faiss.nprobe, found.faiss.ef_search, found.faiss.refine_factor) == (3, 500, 2)
+    assert (found.hybrid.rrf_k, found.hybrid.degrade, sorted(found.hybrid.legs)) == (9, True, ["bm25", "faiss"])
+    one = HybridConfig(legs=["bm25", "faiss", "elasticsearch"], depth=7)
+    found = IndexFolder(BackendConfig(kind="auto", hybrid=one), tmp_path / "i").config
+    assert (found.hybrid.legs, found.hybrid.depth) == (["faiss", "bm25"], 7)

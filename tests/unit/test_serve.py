@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from agents.types import Document
-from envs.serve.app import make_app, prometheus
+from agents.types import BackendInfo, Document
+from envs.serve.app import Health, make_app, prometheus
 from envs.serve.config import ServeConfig
 from envs.serve.limits import Buckets
 from envs.serve.sessions import Sessions
@@ -150,6 +150,9 @@ async def test_a_request_that_takes_too_long_ends() -> None:
 
     async with client_of(Asleep(), ServeConfig(request_timeout_s=0.05)) as client:
         error_of(await client.post("/retrieve", json={"queries": ["cat"]}), 504, "DeadlineExceeded")
+        body = {"session_id": "s", "name": "browser.search", "arguments": {"query": "cat"}}
+        response = await client.post("/", json=body)
+        assert response.status_code == 504 and response.json()["error"]["type"] == "DeadlineExceeded"
 
 
 # ---------------------------------------------------------------------------------------------------------- who comes in
@@ -311,7 +314,42 @@ async def test_pages_that_repeat_the_question_are_hidden() -> None:
             assert "leak" not in await call(client, "browser.search", forbid=forbid, query="animal guards house")
             refused = await call(client, "browser.open", forbid=forbid, id="leak")
             assert refused.startswith("Error:") and "URL Source:" not in refused and "the dog" not in refused
-        assert "Title: Answers" in await call(client, "browser.open", forbid=["안녕", "  "], id="leak")
+        assert "Title: Answers" in await call(client, "browser.open", "other", forbid=["안녕", "  "], id="leak")
+
+
+async def test_what_a_session_forbade_stays_forbidden() -> None:
+    question = "Which animal guards the house at night and barks while all of the people in it are asleep?"
+    leak = Document("leak", "Answers", f"Q: {question} A: the dog")
+    forbid: dict[str, Any] = {"remote_env_info": {"search_forbidden_strs": [question]}}
+    async with client_of(Words([*DOCUMENTS, leak])) as client:
+        await client.post("/", json={"session_id": "s1", "name": "start_session", **forbid})
+        assert "leak" not in await call(client, "browser.search", query="animal guards house")
+        assert (await call(client, "browser.open", id="leak")).startswith("Error:")
+        assert "Title: Answers" in await call(client, "browser.open", "s2", id="leak")
+        assert await call(client, "browser.find", "s2", [question], pattern="the dog") == ""
+        for start in range(5):
+            texts = [f"text {start} {i}" for i in range(16)]
+            body = {"session_id": "s3", "name": "start_session" if not start else "browser.find", "arguments": {},
+                    "remote_env_info": {"search_forbidden_strs": texts}}  # fmt: skip
+            response = await client.post("/", json=body)
+            assert response.status_code == (200 if start < 4 else 422)
+
+
+async def test_a_number_and_its_text_are_two_sessions() -> None:
+    async with client_of(Words()) as client:
+        await client.post("/", json={"session_id": 1, "name": "browser.open", "arguments": {"id": "birds"}})
+        assert await call(client, "browser.find", "1", pattern="wren") == ""
+        again = {"session_id": 1, "name": "browser.find", "arguments": {"pattern": "wren"}}
+        assert "wren" in (await client.post("/", json=again)).json()["output"]
+
+
+async def test_a_session_keeps_neither_its_calls_nor_its_pages() -> None:
+    sessions = Sessions(SearchService(Words()), ServeConfig())
+    for arguments in ({"query": "birds"}, {"query": "x", "junk": "y" * 1000}):
+        await sessions.call({"session_id": "s", "name": "browser.search", "arguments": arguments})
+    (held,) = sessions._held.values()
+    assert not held.session.journal.entries and not held.session._documents
+    assert held.session.usage()["calls"] == 2
 
 
 async def test_an_agents_mistakes_are_sentences_without_a_source() -> None:
@@ -366,6 +404,20 @@ async def test_many_probes_share_one_search() -> None:
     assert len(backend.searches) == 1
 
 
+async def test_a_failure_is_shared_too_and_a_paid_search_is_not_repeated() -> None:
+    now, backend = 0.0, Words()
+    backend.fails = RetrievalError("gone")
+    health = Health(SearchService(backend), 5.0, clock=lambda: now)
+    outcomes = await asyncio.gather(*(health.check() for _ in range(5)), return_exceptions=True)
+    assert len(backend.searches) == 1 and all("gone" in str(o) for o in outcomes)
+    backend.fails, now = None, 6.0
+    await health.check()
+    backend.info = lambda: BackendInfo("live:x", 0, "f", ("live",))  # type: ignore[method-assign]
+    for now in (12.0, 600.0, 3000.0):  # noqa: B007 - the clock reads it
+        await health.check()
+    assert len(backend.searches) == 3
+
+
 async def test_metrics_count_answers_and_show_the_service() -> None:
     async with client_of(Words()) as client:
         await client.post("/retrieve", json={"queries": ["cat"]})
@@ -382,8 +434,10 @@ async def test_metrics_count_answers_and_show_the_service() -> None:
 
 
 def test_prometheus_names_are_legal() -> None:
-    assert prometheus({"wait_p99_ms": 1.5, "a-b.c": 2, "name": "x"}, {}).splitlines()[:2] == [
+    figures = {"wait_p99_ms": 1.5, "a-b.c": 2, "name": "x", "queries": 12_345_678}
+    assert prometheus(figures, {}).splitlines()[:3] == [
         "gumshoe_a_b_c 2",
+        "gumshoe_queries 12345678",
         "gumshoe_wait_p99_ms 1.5",
     ]
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from agents.types import Query
+from cluster import serve as serve_command
 from cluster.cli import main
 from cluster.errors import UserError
 from cluster.serve import load_run
@@ -22,7 +23,8 @@ from gumshoe import ROOT, child_env
 from retrieval.backend import build_backend
 from retrieval.config import BackendConfig
 from retrieval.remote import RemoteBackend, RemoteConfig
-from tests.support.serving import DOCUMENTS
+from retrieval.service import SearchService
+from tests.support.serving import DOCUMENTS, Words
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,22 @@ def test_it_says_in_one_line_why_it_will_not_start(
     assert "http://127.0.0.1:9/retrieve cannot be reached" in refused(str(tmp_path / "remote.yaml"), "--port", "0")
 
 
+async def test_of_two_that_start_on_one_port_one_serves(monkeypatch: pytest.MonkeyPatch, index: Path) -> None:
+    run = load_run(str(index), ["serve.port=0"])
+    with serve_command._bound(run.serve) as first:
+        run.serve.port = first.getsockname()[1]
+
+        async def opened(_: object) -> SearchService:
+            first.listen()  # the other one was quicker
+            return service
+
+        service = SearchService(Words())
+        monkeypatch.setattr(serve_command, "_open", opened)
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {run.serve.port}"):
+            await serve_command._http(run)
+    assert service._closed
+
+
 def test_what_to_serve_is_checked_first(index: Path, tmp_path: Path) -> None:
     run = load_run(str(index), ["serve.port=9", "service.max_batch=7"])
     assert (run.retrieval.kind, run.index, run.serve.port, run.service.max_batch) == ("auto", str(index), 9, 7)
@@ -101,6 +119,8 @@ def test_what_to_serve_is_checked_first(index: Path, tmp_path: Path) -> None:
         load_run(str(tmp_path), [])
     with pytest.raises(UserError, match=r"serve\.prt.*serve\.port"):
         load_run(str(index), ["serve.prt=9"])
+    with pytest.raises(UserError, match=r"service\.topology is for runs with Ray"):
+        load_run(str(index), ["service.topology.shard_replicas=2"])
     with pytest.raises(UserError, match="70000"):
         load_run(str(index), ["serve.port=70000"])
     (tmp_path / "c.yaml").write_text("retrieval: {kind: bm25}")
