@@ -403,12 +403,19 @@ def test_what_will_not_pass_is_one_line_at_once(
 async def test_queries_wait_for_a_server_no_longer_than_they_have_time_and_hold_nobody_up(server: Server) -> None:
     released = threading.Event()
     encoder = LocalEncoder(endpoint(server, dim=3))
-    server.answers = [lambda body: (released.wait(30), good(body))[1]] * 2 + [good]
+
+    def held(body: dict[str, Any]) -> Any:
+        if "query: c" not in body["input"]:
+            released.wait(30)
+        return good(body)
+
+    server.answers = [held] * 4
     with time_limit(0.2), pytest.raises(DeadlineExceeded):
         await encoder.encode(["a"])
-    stuck = asyncio.create_task(encoder.encode(["b"]))
-    while len(server.requests) < 2:
-        await asyncio.sleep(0.01)
+    before, stuck = len(server.requests), asyncio.create_task(encoder.encode(["b"]))
+    async with asyncio.timeout(60):
+        while len(server.requests) <= before:
+            await asyncio.sleep(0.01)
     with time_limit(20):
         assert (await encoder.encode(["c", " "])).shape == (2, 3)
     assert not stuck.done()
