@@ -89,6 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("warmup", "make the tiny policy's checkpoint by supervised training", _warmup)
     add("nuggets", "build nuggets for questions from an index", _nuggets)
+    verifier = add("verifier", "train a small judge of nuggets, and measure it", _verifier, config=False)
+    verifier.set_defaults(takes_overrides=True)
+    verifier.add_argument(
+        "step", choices=("data", "train", "eval"), help="label passages, train on them, compare labels"
+    )
+    verifier.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in configs/")
+    verifier.add_argument("overrides", metavar="key=value", nargs="*", help="values that win over the file's")
     index = add("index", "build the search index of a corpus", _index, config=False)
     index.set_defaults(takes_overrides=True, overrides=[])
     index.add_argument(
@@ -343,6 +350,12 @@ def _nuggets(args: argparse.Namespace) -> int:
     from cluster.nuggets import make_nuggets
 
     return make_nuggets(args.config, args.overrides)
+
+
+def _verifier(args: argparse.Namespace) -> int:
+    from cluster.verifier import verifier
+
+    return verifier(args.step, args.config, args.overrides)
 
 
 def _rubrics(args: argparse.Namespace) -> int:

@@ -1,11 +1,13 @@
 """`gumshoe warmup`: expert and flawed traces of synthetic worlds, put into the policy's words, taught to the tiny policy.
 
-It joins three rooms that do not know each other: scripts (`envs.world`), the protocol that turns them into tokens, and supervised
+It joins three rooms that do not know each other: scripts (`envs.world`) or rows of a file, the protocol that turns them into tokens, and supervised
 training (`agents.learning.warmup`).
 """
 
 from __future__ import annotations
 
+import json
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +17,7 @@ from typing import Any
 
 from agents.learning.warmup import Trace, WarmupConfig, encode_trace, warmup
 from agents.protocols.tools import Tools, ToolsConfig
+from agents.types import Task
 from cluster.speech import load_tokenizer
 from envs.world.policy import write_base
 from envs.world.traces import ScriptConfig, role_table, scripts
@@ -33,11 +36,15 @@ class WarmupRun:
     """Stage name -> the scripts it learns from."""
     checks: ScriptConfig = field(default_factory=ScriptConfig)
     """Held-out scripts for measurements."""
+    rows: dict[str, str] = field(default_factory=dict)
+    """Stage name -> file of rows `{"question", "reply"}` (JSONL), which it learns from in place of scripts."""
+    check_rows: str = ""
+    """Held-out rows for measurements, in place of scripts."""
 
 
 def run_warmup(run: WarmupRun, progress: Callable[[Mapping[str, Any]], None] = lambda row: None) -> dict[str, Any]:
     """Train as the config says and write the checkpoint to `run.out`. Raises ValueError for an unusable config."""
-    missing = [stage.name for stage in run.warmup.stages if stage.name not in run.scripts]
+    missing = [stage.name for stage in run.warmup.stages if stage.name not in {*run.scripts, *run.rows}]
     if missing:
         raise ValueError(f"stage {missing[0]!r} has no scripts; add scripts.{missing[0]} to the config")
     with tempfile.TemporaryDirectory() as scratch:
@@ -46,12 +53,17 @@ def run_warmup(run: WarmupRun, progress: Callable[[Mapping[str, Any]], None] = l
         speech = Tools(tokenizer, run.protocol)
 
         def traces(name: str) -> Iterator[Trace]:
+            if name in run.rows:
+                return _rows(run.rows[name], run.warmup.seed, speech, tokenizer)
             place = list(run.scripts).index(name)
             return _encoded(run.scripts[name], 1000 * run.warmup.seed + place, speech, tokenizer)
 
-        checks = list(
-            islice(_encoded(run.checks, 1000 * run.warmup.seed + 999, speech, tokenizer), run.warmup.num_checks)
+        held_out = (
+            _rows(run.check_rows, 0, speech, tokenizer)
+            if run.check_rows
+            else _encoded(run.checks, 1000 * run.warmup.seed + 999, speech, tokenizer)
         )
+        checks = list(islice(held_out, run.warmup.num_checks))
         return warmup(
             replace(run.warmup, base=base),
             traces,
@@ -71,3 +83,22 @@ def _encoded(config: ScriptConfig, seed: int, speech: Tools, tokenizer: Any) -> 
             script.steps,
             script.kind,
         )
+
+
+def _rows(path: str, seed: int, speech: Tools, tokenizer: Any) -> Iterator[Trace]:
+    """The rows of a file without end, in another order each time. Raises ValueError for what is no such row."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows.append((Task("row", row["question"]), [str(row["reply"])]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}:{number}: a row needs the texts 'question' and 'reply'") from None
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    rng = random.Random(f"rows {seed}")
+    while True:
+        for task, steps in rng.sample(rows, len(rows)):
+            yield encode_trace(
+                speech, lambda text: tokenizer.encode(text, add_special_tokens=False), task, steps, "row"
+            )

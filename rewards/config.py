@@ -8,6 +8,7 @@ from rewards.combine import CombineConfig
 from rewards.guards.master_keys import GuardConfig
 from rewards.nuggets.config import NuggetConfig
 from rewards.seeds import config as seeds
+from rewards.verifier.config import VerifierConfig
 
 
 @dataclass
@@ -59,6 +60,8 @@ class RewardConfig:
     """For name `utility`."""
     conduct: seeds.ConductConfig = field(default_factory=seeds.ConductConfig)
     """For name `conduct`."""
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    """For name `verifier`, which trains one."""
 
     def check(self) -> None:
         """Raises ValueError, one line, for a value outside its range."""
@@ -100,6 +103,7 @@ class RewardConfig:
         self.regularised.check()
         self.utility.check()
         self.conduct.check()
+        self.verifier.check()
 
     @property
     def lazy(self) -> bool:

@@ -90,7 +90,10 @@ async def judge_nuggets(task: Task, message: str, answer: str, judge: Judge, con
         for block in blocks
         for i in range(0, len(order), config.per_call)
     ]
-    requests = [assign_request(task, block, [texts[i] for i in chunk], short, extra) for _, block, chunk in chunks]
+    requests = [
+        assign_request(task, block, [texts[i] for i in chunk], short, extra, config.prompt)
+        for _, block, chunk in chunks
+    ]
     replies = await asyncio.gather(*(judge.ask(request) for request in requests))
     labels = [[NOT] * len(texts) for _ in orders]
     prompts = {r.prompt: a.prompt_hash for r, a in zip(requests, replies, strict=True) if a.prompt_hash}
@@ -209,13 +212,18 @@ def cut_blocks(message: str, most: int) -> list[str]:
 
 
 def assign_request(
-    task: Task, passage: str, texts: Sequence[str], short: bool = False, extra: Mapping[str, Any] | None = None
+    task: Task,
+    passage: str,
+    texts: Sequence[str],
+    short: bool = False,
+    extra: Mapping[str, Any] | None = None,
+    prompt: str = "nugget_assign",
 ) -> JudgeRequest:
     """Which of up to ten nuggets does a passage hold? Reply: N1..Nn -> label. `extra` fields are for rule judges."""
     keyed = {f"N{i}": text for i, text in enumerate(texts, start=1)}
     fields = {"question": task.question, "passage": passage, "nuggets": keyed, **(extra or {})}
     schema = keyed_schema(keyed, {"type": "string", "enum": list(SHORT_LABELS if short else LABELS)})
-    return JudgeRequest("nugget_short" if short else "nugget_assign", fields, schema, task.oracle)
+    return JudgeRequest("nugget_short" if short else prompt, fields, schema, task.oracle)
 
 
 def read_labels(reply: JudgeReply, request: JudgeRequest) -> list[str] | None:

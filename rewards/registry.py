@@ -21,6 +21,7 @@ from rewards.seeds.shaping import Shaper, ShaperConfig
 from rewards.seeds.stepsearch import stepsearch
 from rewards.seeds.toolrl import toolrl
 from rewards.seeds.utility import utility
+from rewards.verifier.reward import verifier
 
 REWARDS: dict[str, Callable[[RewardConfig], Reward]] = {
     "outcome": outcome,
@@ -32,6 +33,7 @@ REWARDS: dict[str, Callable[[RewardConfig], Reward]] = {
     "regularised": regularised,
     "utility": utility,
     "conduct": conduct,
+    "verifier": verifier,
 }
 NEEDS_LLM = frozenset({"r3_rag", "regularised", "utility"})
 """Rewards whose questions the rule judge cannot answer."""

@@ -60,6 +60,8 @@ class _Case:
     messages: list[Message]
     schema: Mapping[str, Any]
     ends_at: float
+    own_form: bool = False
+    """See `Prompt.own_form`."""
     last: Try | None = None
     """The last failed try."""
     num_tokens: int = 0
@@ -107,7 +109,8 @@ class ChatJudge:
             return reply
         task = self._pending.get(key)
         if task is None:
-            case = _Case(key, _messages(prompt, request), request.schema, began + self._config.deadline_s)
+            ends_at = began + self._config.deadline_s
+            case = _Case(key, _messages(prompt, request), request.schema, ends_at, prompt.own_form)
             task = self._pending[key] = asyncio.create_task(self._finish(case, label))
             task.add_done_callback(lambda _: self._pending.pop(key, None))
         else:
@@ -165,7 +168,7 @@ class ChatJudge:
         while True:
             if self._breaker.due:
                 await self._ask_control()
-            tried = await self._try(case.who, asked, case.schema)
+            tried = await self._try(case.who, asked, case.schema, case.own_form)
             case.num_tokens += tried.num_tokens
             if not tried.cause:
                 return JudgeReply(Status.ok, tried.value, text=tried.reasons, num_tokens=case.num_tokens)
@@ -232,9 +235,9 @@ class ChatJudge:
             self._breaker.decide(tried.arrived)
         return not tried.cause
 
-    async def _try(self, who: str, messages: list[Message], schema: Mapping[str, Any]) -> Try:
+    async def _try(self, who: str, messages: list[Message], schema: Mapping[str, Any], own_form: bool = False) -> Try:
         """Asks once. `who` is empty for a control request, which an open breaker lets through."""
-        wire, structured = wire_schema(schema), self._structured
+        wire, structured = wire_schema(schema), self._structured and not own_form
         post = functools.partial(self._endpoint.post, messages, barred=(lambda: self._breaker.open) if who else None)
         tried = await post(wire if structured else None)
         if structured and tried.cause == "judge_http_400":
@@ -271,7 +274,8 @@ def _messages(prompt: Prompt, request: JudgeRequest) -> list[Message]:
         "Reply with one JSON object and nothing after it. It has two keys: `reasons`, a string in which you think first and briefly,"
         f" and `verdict`. It must satisfy this JSON schema:\n{json.dumps(wire_schema(request.schema), ensure_ascii=False)}"
     )
-    user = f"{render(prompt, request.fields)}\n\n{form}"
+    text = render(prompt, request.fields)
+    user = text if prompt.own_form else f"{text}\n\n{form}"
     return [{"role": "system", "content": prompt.system}, {"role": "user", "content": user}]
 
 

@@ -1,7 +1,7 @@
 """Judge prompts: files with a version and a hash, and how foreign text is put into them.
 
 A prompt file is `prompts/ID.md`: a first line `version: N`, perhaps a second `agent: FIELD, ...` (the fields that hold the agent's own
-text; see `sanitise`), then the sections `# System` and `# User`, with `{{field}}` where a request's field goes.
+text; see `sanitise`), perhaps `form: own` (the prompt itself says how to reply, for judges trained on it), then the sections `# System` and `# User`, with `{{field}}` where a request's field goes.
 
 Invariants: every field is data. It stands in a block whose tags carry a hash over all fields, which none of them contains, and
 whatever looks like a tag inside is pulled apart: no text can close its own block or open another. Fields are filled in a single
@@ -41,6 +41,8 @@ class Prompt:
     """What verdicts record, with the judge's model behind it: `1-3fa94c01` (version and hash of the file's text)."""
     agent_fields: tuple[str, ...] = ()
     """Fields that hold what the agent wrote."""
+    own_form: bool = False
+    """Nothing is added to the prompt and no schema enforced: it says itself how to reply, with JSON at the end."""
 
 
 @cache
@@ -51,10 +53,12 @@ def load_prompt(prompt_id: str) -> Prompt:
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.md")))
         raise PromptError(f"there is no judge prompt {prompt_id!r}; known: {known}")
     text = path.read_text(encoding="utf-8")
-    found = re.fullmatch(r"version: (\d+)\n(?:agent: ([\w, ]+)\n)?\n*# System\n(.+?)\n# User\n(.+)", text, re.DOTALL)
+    found = re.fullmatch(
+        r"version: (\d+)\n(?:agent: ([\w, ]+)\n)?(form: own\n)?\n*# System\n(.+?)\n# User\n(.+)", text, re.DOTALL
+    )
     if not found:
         raise PromptError(f"judge prompt {path.name}: expected 'version: N', '# System' and '# User', in this order")
-    version, agent, system, user = found.groups()
+    version, agent, own_form, system, user = found.groups()
     agent_fields = tuple(name.strip() for name in (agent or "").split(",") if name.strip())
     unknown = set(agent_fields) - set(_FIELD.findall(user))
     if unknown:
@@ -62,7 +66,9 @@ def load_prompt(prompt_id: str) -> Prompt:
             f"judge prompt {path.name}: 'agent:' names {', '.join(sorted(unknown))}, which the text does not use"
         )
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return Prompt(prompt_id, int(version), system.strip(), user.strip(), f"{version}-{digest}", agent_fields)
+    return Prompt(
+        prompt_id, int(version), system.strip(), user.strip(), f"{version}-{digest}", agent_fields, bool(own_form)
+    )
 
 
 def render(prompt: Prompt, fields: Mapping[str, Any]) -> str:

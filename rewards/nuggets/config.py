@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rewards.judges.templates import load_prompt
+
 SCORES = ("weighted", "strict_all", "all", "strict_vital", "vital")
 
 
@@ -35,6 +37,8 @@ class NuggetConfig:
     supportive label counts."""
     short_form: str = "auto"
     """The answer as the only rubric: `auto` (of tasks without nuggets), `always`, or `never`."""
+    prompt: str = "nugget_assign"
+    """Prompt file (rewards/judges/prompts) that asks for the labels of a long form: `nugget_verifier` for a trained verifier."""
     exact: bool = True
     """Short form: an exact answer that matches an alias counts as support and no judge is asked ("EM + verifier")."""
 
@@ -52,6 +56,7 @@ class NuggetConfig:
             raise ValueError(
                 f"reward.nugget: weights vital {self.vital} and okay {self.okay} must not be negative, nor both 0"
             )
+        load_prompt(self.prompt)
         if not 1 <= self.per_call <= 10:
             raise ValueError(f"reward.nugget.per_call {self.per_call} is outside 1 to 10")
         if self.block_chars < 200:

@@ -69,11 +69,13 @@ def test_unknown_key_of_the_real_schema(capsys: pytest.CaptureFixture[str]) -> N
 def test_every_config_that_comes_along_fits_its_schema() -> None:
     from cluster.config import config_names, load_config
     from cluster.schema import RunConfig
+    from cluster.verifier import VerifierRun
     from cluster.warmup import WarmupRun
 
+    others = {"warmup": WarmupRun, "verifier_4b_sft": VerifierRun, "verifier_tiny": VerifierRun}
     assert "demo" in config_names()
     for name in config_names():
-        load_config(name, [], WarmupRun if "warmup" in name else RunConfig)
+        load_config(name, [], others.get(name, RunConfig))
 
 
 def test_an_unforeseen_error_keeps_its_traceback_in_a_file(

@@ -93,7 +93,7 @@ async def test_the_gullible_judge_is_fooled_by_an_ordinary_wrong_answer(name: st
     assert all(v.reward > 0 for v in found) and judge.asked
 
 
-@pytest.mark.parametrize("name", [n for n in REWARDS if n not in ("toolrl", "stepsearch", "conduct")])
+@pytest.mark.parametrize("name", [n for n in REWARDS if n not in ("toolrl", "stepsearch", "conduct", "verifier")])
 async def test_every_master_key_scores_0_through_every_judge_based_reward(name: str) -> None:
     """Also through rewards that others add to the registry: name one here that asks no judge."""
     for key, text in attack_suite():

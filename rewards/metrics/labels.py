@@ -1,0 +1,174 @@
+"""How well labels were predicted: precision, recall and F1 per label, macro and weighted, with intervals; pass@k and maj@k.
+
+The publication's two levels (arXiv 2510.14660, evaluator; spec nugget 6), with what is known to be wrong there mended: the labels are a fixed
+list; a prediction that failed is wrong and no label of its own; runs are counted as runs and failures never vote.
+
+Invariants: pure and seeded; every score lies in [0, 1]; intervals come from drawing whole questions, whose nuggets depend on each other;
+one question gives no interval ([0, 1]).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One nugget in one passage. `None` among the predictions: that run failed."""
+
+    question: str
+    """What is drawn as a whole for intervals."""
+    passage: str
+    nugget: str
+    gold: str
+    predicted: tuple[str | None, ...]
+    """By run."""
+
+
+def label_scores(
+    rows: Sequence[Judged], labels: Sequence[str], run: int = 0, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Scores of one run over `labels`, the most supportive first.
+
+    `by_label` (precision, recall, f1, n); `macro` over all labels; `macro_present` over those in gold or prediction, as published;
+    `weighted` by gold counts; each with precision, recall, f1, and `f1_low`, `f1_high` (95 %, bootstrap over questions). `accuracy`; `n`;
+    `failed`: all count it as wrong; `valid`: the same `macro` over predictions that did not fail. Raises ValueError for an unknown label.
+    """
+    place = {label: i for i, label in enumerate(labels)}
+    questions = {q: i for i, q in enumerate(dict.fromkeys(r.question for r in rows))}
+    L = len(labels)
+    tables_QLP = np.zeros((len(questions), L, L + 1))  # the last column holds failures
+    for row in rows:
+        found = row.predicted[run]
+        if row.gold not in place or (found is not None and found not in place):
+            raise ValueError(f"label {row.gold!r} or {found!r} is not one of {', '.join(labels)}")
+        tables_QLP[questions[row.question], place[row.gold], L if found is None else place[found]] += 1
+    table = tables_QLP.sum(0)
+    scores, weights = _scores(table[None]), table.sum(1)
+    present = (table[:, :L].sum(0) + weights) > 0
+    drawn = _draw(tables_QLP, num_resamples, seed)
+    means = {"macro": np.ones(L), "macro_present": present.astype(float), "weighted": weights}
+    report: dict[str, Any] = {
+        "n": len(rows),
+        "questions": len(questions),
+        "failed": int(table[:, L].sum()),
+        "accuracy": float(np.trace(table[:, :L]) / max(1, len(rows))),
+        "by_label": {
+            label: {name: float(values[0, i]) for name, values in scores.items()} | {"n": int(weights[i])}
+            for label, i in place.items()
+        },
+    }
+    for name, weight in means.items():
+        found_scores = {key: float(_mean(values, weight[None])[0]) for key, values in scores.items()}
+        report[name] = found_scores | _interval(_resampled_f1(drawn, name), len(questions))
+    valid = _scores(np.where(np.arange(L + 1) < L, table, 0.0)[None])
+    report["valid"] = {key: float(values.mean()) for key, values in valid.items()}
+    return report
+
+
+def sample_level(rows: Sequence[Judged], labels: Sequence[str]) -> list[Judged]:
+    """One row per question and nugget: over its passages the most supportive label, in gold and in each run.
+
+    A run in which a passage failed keeps the best of the others; where all failed it failed.
+    """
+    groups: dict[tuple[str, str], list[Judged]] = {}
+    for row in rows:
+        groups.setdefault((row.question, row.nugget), []).append(row)
+
+    def best(found: Sequence[str | None]) -> str | None:
+        known = [label for label in found if label is not None]
+        return min(known, key=list(labels).index) if known else None
+
+    return [
+        replace(
+            group[0],
+            passage="",
+            gold=best([r.gold for r in group]) or "",
+            predicted=tuple(best(found) for found in zip(*(r.predicted for r in group), strict=True)),
+        )
+        for group in groups.values()
+    ]
+
+
+def over_runs(rows: Sequence[Judged], labels: Sequence[str], ks: Sequence[int]) -> dict[str, Any]:
+    """Over the runs: `accuracy` mean, std and 95 % interval (t is not used: 1.96 standard errors), `pass@k` and `maj@k` by k."""
+    num_runs = len(rows[0].predicted) if rows else 0
+    hits_RN = np.array([[r.predicted[i] == r.gold for r in rows] for i in range(num_runs)], dtype=float)
+    means = hits_RN.mean(1) if rows else np.zeros(1)
+    std = float(means.std(ddof=1)) if num_runs > 1 else 0.0
+    half = 1.96 * std / math.sqrt(max(1, num_runs))
+    mean = float(means.mean())
+    report: dict[str, Any] = {
+        "runs": num_runs,
+        "mean": mean,
+        "std": std,
+        "low": max(0.0, mean - half),
+        "high": min(1.0, mean + half),
+    }
+    for k in ks:
+        if not 1 <= k <= num_runs:
+            raise ValueError(f"k {k} is outside 1 to the number of runs {num_runs}")
+        right = [sum(p == r.gold for p in r.predicted) for r in rows]
+        report[f"pass@{k}"] = float(np.mean([pass_at_k(num_runs, c, k) for c in right]))
+        report[f"maj@{k}"] = float(np.mean([majority(r.predicted[:k], labels) == r.gold for r in rows]))
+    return report
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that one of k runs drawn from n is right, when `right` of them are: 1 - C(n - right, k) / C(n, k), unbiased."""
+    if not (0 <= right <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} of {right} right among {n} runs is undefined")
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(votes: Sequence[str | None], labels: Sequence[str]) -> str | None:
+    """The label with most votes; of equals the least supportive. Failures do not vote; None when all failed."""
+    counted = Counter(vote for vote in votes if vote is not None)
+    return max(counted, key=lambda label: (counted[label], list(labels).index(label)), default=None)
+
+
+# ------------------------------------------------------------------------------------------------------- numbers
+
+
+def _scores(tables_RLP: np.ndarray) -> dict[str, np.ndarray]:
+    """Precision, recall and F1 [R, L] of confusion tables (gold by prediction, the last column failures); 0 where undefined."""
+    L = tables_RLP.shape[1]
+    right = np.diagonal(tables_RLP[:, :, :L], axis1=1, axis2=2)
+    said, wanted = tables_RLP[:, :, :L].sum(1), tables_RLP.sum(2)
+    return {
+        "precision": right / np.maximum(said, 1),
+        "recall": right / np.maximum(wanted, 1),
+        "f1": 2 * right / np.maximum(said + wanted, 1),
+    }
+
+
+def _mean(values_RL: np.ndarray, weights_RL: np.ndarray) -> np.ndarray:
+    return (values_RL * weights_RL).sum(1) / np.maximum(weights_RL.sum(1), 1e-12)
+
+
+def _draw(tables_QLP: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
+    num = len(tables_QLP)
+    if num < 2:
+        return tables_QLP
+    times_RQ = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=num_resamples)
+    return np.tensordot(times_RQ.astype(float), tables_QLP, axes=1)
+
+
+def _resampled_f1(drawn_RLP: np.ndarray, kind: str) -> np.ndarray:
+    f1, wanted = _scores(drawn_RLP)["f1"], drawn_RLP.sum(2)
+    said = drawn_RLP[:, :, : drawn_RLP.shape[1]].sum(1)
+    weights = {"macro": np.ones_like(f1), "macro_present": ((said + wanted) > 0).astype(float), "weighted": wanted}[
+        kind
+    ]
+    return _mean(f1, weights)
+
+
+def _interval(values: np.ndarray, num_questions: int) -> dict[str, float]:
+    low, high = np.quantile(values, [0.025, 0.975]) if num_questions > 1 else (0.0, 1.0)
+    return {"f1_low": float(low), "f1_high": float(high)}

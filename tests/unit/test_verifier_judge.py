@@ -1,0 +1,53 @@
+"""A trained verifier as the judge of the reward `nugget`: it reads what it has learned, and nothing is asked of it that it has not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from agents.interfaces import Services
+from agents.types import Nugget, Task
+from rewards.config import RewardConfig
+from rewards.judges.base import JudgeConfig, make_judge
+from rewards.judges.templates import load_prompt
+from rewards.nuggets.config import NuggetConfig
+from rewards.registry import make_reward
+from rewards.verifier.reply import question_text, reply_text
+from tests.support.chat_double import completion, controlled, serve
+from tests.support.reward_cases import group, rollout
+
+TASK = Task("t", "Who?", nuggets=(Nugget("Ann's rival is Bo."), Nugget("Bo's cook is Cy.", "okay")))
+MESSAGE = "Ann's rival is Bo."
+
+
+@pytest.mark.parametrize("prompt", ["nugget_verifier", "nugget_verifier_tiny"])
+async def test_it_reads_the_words_it_has_learned_and_its_reply_is_the_reward(prompt: str) -> None:
+    def handler(body: dict[str, Any], _: int) -> Any:
+        return completion(reply_text(["support", "not_support"], "keyed", ["it says so", "silence"]))
+
+    async with serve(controlled(handler)) as endpoint:
+        judge = make_judge(JudgeConfig(kind="chat", base_url=endpoint.url, model="judge"))
+        reward = make_reward(RewardConfig(name="nugget", nugget=NuggetConfig(prompt=prompt)))
+        (verdict,) = await reward(group(TASK, rollout(MESSAGE)), Services(judge))
+        await judge.close()
+    assert verdict.reward == pytest.approx(1 / 1.5)
+    (body,) = endpoint.requests
+    asked = question_text(TASK.question, MESSAGE, [n.text for n in TASK.nuggets], "keyed", prompt)
+    assert [m["content"] for m in body["messages"]] == [load_prompt(prompt).system, asked]
+    assert "response_format" not in body
+    assert verdict.prompts[prompt].endswith("@judge")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ['{"N1": "support"}', '{"N1": "support", "N2": "support", "N3": "support"}', '{"N1": "support", "N2": "yes"}', "support, support",
+     '{"N1": "support", "N1": "support", "N2": "support"}'],
+)  # fmt: skip
+async def test_a_reply_that_does_not_fit_never_pays(reply: str) -> None:
+    async with serve(controlled(lambda body, n: completion(f"<reasoning>x</reasoning>\n{reply}"))) as endpoint:
+        judge = make_judge(JudgeConfig(kind="chat", base_url=endpoint.url, model="judge"))
+        reward = make_reward(RewardConfig(name="nugget", nugget=NuggetConfig(prompt="nugget_verifier")))
+        (verdict,) = await reward(group(TASK, rollout(MESSAGE)), Services(judge))
+        await judge.close()
+    assert verdict.reward == 0.0
