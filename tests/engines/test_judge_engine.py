@@ -83,7 +83,8 @@ async def test_replies_have_the_form_that_the_server_was_asked_for(
         assert engine._judge._structured, "the server enforces schemas"
         assert stats["tokens_in"] > 1000 and stats["tokens_out"] > 10
     finally:
-        children = psutil.Process(engine._child.pid).children(recursive=True)
+        alive = engine._child.poll() is None
+        children = psutil.Process(engine._child.pid).children(recursive=True) if alive else []
         await engine.close()
         monkeypatch.delenv(KEY, raising=False)
     assert not psutil.wait_procs(children, timeout=20)[1], "its processes end with it"
