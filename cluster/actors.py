@@ -66,8 +66,7 @@ class Actors:
         for ready in workers:
             self.up("a rollout worker", ready)
         self._events = Poll(self.fleet.events.remote)
-        self.load = Loads(*(Poll(busy.load.remote) for busy in (self.fleet, self.retrieval, self.reward)))
-        """How busy the engines were since the last answer, and what retrieval and the judge have to tell."""
+        self._loads = [Poll(busy.load.remote) for busy in (self.fleet, self.retrieval, self.reward)]
         for name, handle in (("retrieval", self.retrieval), ("reward", self.reward), ("fleet", self.fleet)):
             self.watchdog.watch(name, handle)
         for name, handle in [*((f"retrieval's {n}", h) for n, h in self._leans_on.items()), *self.judges.items()]:
@@ -97,6 +96,10 @@ class Actors:
     def tend(self) -> list[str]:
         """Looks after everybody; returns lines for the log. Raises UserError when somebody dies too often."""
         return [*self.watchdog.look(), *(self._events.take() or ())]
+
+    def load(self) -> dict[str, float]:
+        """How busy the engines were since the last answer, and what retrieval and the judge have to tell. Never waits."""
+        return {name: value for poll in self._loads for name, value in (poll.take() or {}).items()}
 
     def fence(self, incarnation: int) -> None:
         """A learner has begun: what is rolled out for earlier ones ends."""
@@ -151,16 +154,6 @@ class Actors:
             self.buffer.worker_lost.remote(name)  # its leases are leased again
             fresh.run.remote(self.buffer)
         return f"{name} died, and another took its place: {reason}"
-
-
-class Loads(Poll):
-    """Polls that give numbers by name, as one: what has come of them so far."""
-
-    def __init__(self, *polls: Poll) -> None:
-        self._polls = polls
-
-    def take(self, wait_s: float = 0.0) -> Any:
-        return {name: value for poll in self._polls for name, value in (poll.take(wait_s) or {}).items()}
 
 
 class Plays:

@@ -26,7 +26,6 @@ import ray
 
 from agents.types import Generation, Sampling, Span, Version
 from cluster.errors import Fenced, one_line
-from cluster.runtime import end_with_parent
 from cluster.vllm.engine import EngineConfig, PolicyEngine
 from cluster.vllm.preflight import EngineError
 from cluster.vllm.transfer import Deadlines, Manifest, ShmTransport, publish
@@ -37,7 +36,6 @@ class Sampler:
     """Hosts one engine. An actor of this class is what a rollout worker samples from."""
 
     def __init__(self, config: EngineConfig) -> None:
-        end_with_parent()
         self._engine = PolicyEngine(config)
 
     async def start(self) -> list[int]:

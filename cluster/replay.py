@@ -306,7 +306,9 @@ def run_replay(config: RunConfig) -> dict[str, Any]:
         folder = stack.enter_context(open_run(config))
         if (done := over(folder, config.train.steps)) is not None:
             return done
-        teller = stack.enter_context(Teller(folder, config.train.steps, wandb=config.train.wandb))
+        teller = stack.enter_context(
+            Teller(folder, config.train.steps, wandb=config.train.wandb, monitor=config.monitor)
+        )
         with teller.phase("model and Ray"):
             model = prepare_model(config.model, folder.path, config.seed)
             train = config.train

@@ -71,12 +71,13 @@ def ray_session(config: RayConfig, needs: Mapping[str, float] | None = None) -> 
         yield ray
         return
     quiet = {"logging_level": logging.ERROR, "log_to_driver": config.log_to_driver, "namespace": "gumshoe"}
-    variables = {"env_vars": environment()}
+    variables: dict[str, Any] = {"env_vars": environment()}
     try:
         if joined:
             variables["env_vars"] = _beside_the_jobs(variables["env_vars"])
             ray.init(address=joined, runtime_env=variables, **quiet)
         else:
+            variables["worker_process_setup_hook"] = "cluster.runtime.end_with_parent"
             ray.init(
                 address="local", num_cpus=config.num_cpus or max(4, os.cpu_count() or 1, math.ceil(needs.get("CPU", 0))), include_dashboard=config.dashboard,
                 dashboard_host="127.0.0.1", dashboard_port=config.dashboard_port,
@@ -134,17 +135,22 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def end_with_parent(grace_s: float = 3.0) -> None:
+def end_with_parent(grace_s: float = 3.0, *, group: bool = False) -> None:
     """Ends this process when the one that started it is gone and its own way out takes longer than the grace.
 
-    Ray's workers leave when their raylet dies, but one that hosts an engine may wait for that engine first.
+    Ray's workers leave when their raylet dies, but some wait first: for an engine they host, or for nobody one can name.
+    `group`: the whole process group, which hears of it by SIGTERM.
     """
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+        if group:
+            os.killpg(0, signal.SIGTERM)
         time.sleep(grace_s)
+        if group:
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, name="gumshoe-parent-watch", daemon=True).start()

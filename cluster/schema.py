@@ -22,6 +22,7 @@ from envs.config import SandboxConfig
 from retrieval.backend import BackendConfig
 from retrieval.service import ServiceConfig
 from rewards.config import RewardConfig
+from rewards.guards.monitors import MonitorConfig
 from rewards.judges.base import JudgeConfig
 from rewards.judges.health import MaskConfig
 from rewards.seeds.shaping import ShaperConfig
@@ -81,6 +82,8 @@ class RunConfig:
     """What a batch or a history does to rewards, before advantages."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     """When masked rollouts pause the run."""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """Which trends are an alarm, such as right answers without evidence."""
     curriculum: str = "uniform"
     """Which task comes next."""
     buffer: BufferConfig = field(default_factory=BufferConfig)

@@ -40,7 +40,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         if (done := over(folder, config.train.steps)) is not None:
             return done
         run_dir = folder.path
-        teller = stack.enter_context(Teller(folder, config.train.steps, wandb=config.train.wandb))
+        teller = stack.enter_context(
+            Teller(folder, config.train.steps, wandb=config.train.wandb, monitor=config.monitor)
+        )
         with teller.phase("world, index and model"):
             world = open_world(config.world, config.retrieval, run_dir, run_dir.parent)
             model = prepare_model(config.model, run_dir, config.seed)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -21,6 +21,7 @@ from cluster.rundir import RunFolder
 from cluster.runlog import RunLog, read_metrics
 from cluster.spans import SpanLog
 from cluster.watchdog import Poll, WatchConfig, Watchdog
+from rewards.guards.monitors import Monitor, MonitorConfig
 
 POLL_S = 0.5
 
@@ -39,12 +40,17 @@ class Staff(Protocol):
 class Teller:
     """Everything a run tells: metrics, spans, the progress line, seconds per phase."""
 
-    def __init__(self, run: RunFolder, steps: int, *, wandb: bool = False) -> None:
+    def __init__(
+        self, run: RunFolder, steps: int, *, wandb: bool = False, monitor: MonitorConfig | None = None
+    ) -> None:
         done = [r for r in read_metrics(run.path) if r["kind"] == "train"] if run.resumed else []
         self.step = int(done[-1]["step"]) if done else 0
         """Optimiser steps told so far."""
         self.incarnation = int(done[-1].get("incarnation", 0)) if done else -1
         """Of the learner that took the last one."""
+        self._monitor = Monitor(monitor or MonitorConfig())
+        for row in done:  # what it has seen is in the log
+            self._monitor.update(row)
         self.seconds: dict[str, float] = {}
         self._last = time.time()
         with contextlib.ExitStack() as stack:  # whatever was opened is closed again when the next one fails
@@ -94,7 +100,7 @@ class Teller:
         self.log.evaluation(step, row)
         self._progress.evaluation(step, row)
 
-    def train(self, row: dict[str, Any], more: dict[str, float]) -> None:
+    def train(self, row: dict[str, Any], more: Mapping[str, float]) -> None:
         """The row of an optimiser step, with what only the driver knows: step time and load."""
         at, when, again = row.pop("step"), row.pop("time"), bool(row.pop("again", 0.0))
         if again and at <= self.step:
@@ -109,6 +115,8 @@ class Teller:
         row.update(more)
         self._progress.update(at, row)
         self.log.log("train", at, row)
+        for alarm in self._monitor.update(row):
+            self.event(f"{alarm.kind}: {alarm.text}")
 
     def fenced(self, incarnation: int, step: int) -> bool:
         """A learner begins at `step`; False: that was told before."""
@@ -139,7 +147,7 @@ def watch(
     config: WatchConfig,
     timeout_s: float,
     *,
-    load: Poll | None = None,
+    load: Callable[[], Mapping[str, float]] = dict,
     evaluation: Evaluation | None = None,
 ) -> None:
     """Until training ends. Raises UserError when it cannot go on, or makes no step for `timeout_s`."""
@@ -151,7 +159,7 @@ def watch(
         for row in found:
             kind = row.pop("kind")
             if kind == "train":
-                teller.train(row, (load.take() or {}) if load is not None else {})
+                teller.train(row, load())
             elif kind == "pause":
                 teller.alive()
             elif kind == "fence":

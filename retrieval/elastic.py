@@ -25,6 +25,7 @@ from agents.types import BackendInfo, Document, Hit, Query
 from retrieval import elastic_index as form
 from retrieval.chunks import ChunkConfig
 from retrieval.elastic_index import ElasticConfig, Layout
+from retrieval.engine import check_k
 from retrieval.errors import BadQuery, Closed, DeadlineExceeded, IndexMismatch, Overloaded, RetrievalError
 from retrieval.hybrid import fuse
 
@@ -66,9 +67,8 @@ class ElasticBackend:
         if self._closed:
             raise Closed("the retrieval backend is closed")
         most = min(self._info.num_docs, form.WINDOW)
+        check_k(queries)
         for query in queries:
-            if query.k < 1:
-                raise BadQuery(f"k is {query.k}; ask for at least 1 result")
             if query.k > most < self._info.num_docs:
                 raise BadQuery(f"k is {query.k}; Elasticsearch gives at most {form.WINDOW} results")
             if query.filters:

@@ -20,8 +20,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from agents.types import Query
 from retrieval.deadline import seconds_left
-from retrieval.errors import Closed, DeadlineExceeded
+from retrieval.errors import BadQuery, Closed, DeadlineExceeded
 
 T = TypeVar("T")
 
@@ -109,6 +110,13 @@ def _in_time(work: Callable[[], T]) -> T:
     if not seconds_left():
         raise DeadlineExceeded("the request's time ran out before a thread was free for it")
     return work()
+
+
+def check_k(queries: Sequence[Query]) -> None:
+    """Raises BadQuery for a query that asks for nothing."""
+    for query in queries:
+        if query.k < 1:
+            raise BadQuery(f"k is {query.k}; ask for at least 1 result")
 
 
 def merge(parts: Sequence[Found], first_rows: Sequence[int], k: int) -> Found:

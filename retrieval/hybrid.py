@@ -18,6 +18,7 @@ from typing import Any
 
 from agents.interfaces import Backend
 from agents.types import BackendInfo, Document, Hit, Query
+from retrieval.engine import check_k
 from retrieval.errors import BadQuery, Closed, DeadlineExceeded, RetrievalError
 from retrieval.manifest import digest
 
@@ -97,9 +98,7 @@ class HybridBackend:
 
     async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
         """Hits of each query, best first. Raises what a leg raises, with its name; with `degrade`, only when none answers."""
-        for query in queries:
-            if query.k < 1:
-                raise BadQuery(f"k is {query.k}; ask for at least 1 result")
+        check_k(queries)
         if not queries:
             return []
         deep = [replace(query, k=max(query.k, self._config.depth)) for query in queries]

@@ -15,7 +15,7 @@ import numpy as np
 from agents.types import BackendInfo, Document, Hit, Query
 from retrieval.docstore import DocStore
 from retrieval.encoders import checked
-from retrieval.engine import Found, Queries, Shard, Threads, merge
+from retrieval.engine import Found, Queries, Shard, Threads, check_k, merge
 from retrieval.errors import BadQuery
 from retrieval.meter import stage
 from retrieval.rows import Rows
@@ -97,9 +97,8 @@ class IndexedBackend:
 
     async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
         """Hits of each query, best first, ties by document id. Raises BadQuery, and what shards and encoder raise."""
+        check_k(queries)
         for query in queries:
-            if query.k < 1:
-                raise BadQuery(f"k is {query.k}; ask for at least 1 result")
             if query.filters:
                 raise BadQuery(f"backend {self._info.name} knows no filters, got {', '.join(map(str, query.filters))}")
         if not queries:

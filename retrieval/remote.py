@@ -20,6 +20,7 @@ import httpx
 
 from agents.types import BackendInfo, Document, Hit, Query
 from retrieval.asking import Asker, HttpConfig, json_of, said
+from retrieval.engine import check_k
 from retrieval.errors import BadQuery, RetrievalError
 
 
@@ -78,9 +79,8 @@ class RemoteBackend:
 
     async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
         """Raises BadQuery, Overloaded, DeadlineExceeded, RetrievalError."""
+        check_k(queries)
         for query in queries:
-            if query.k < 1:
-                raise BadQuery(f"k is {query.k}; ask for at least 1 result")
             if query.filters:
                 raise BadQuery(f"a remote server knows no filters, got {', '.join(map(str, query.filters))}")
         found = await asyncio.gather(*(self._search(piece) for piece in self._pieces(queries)))

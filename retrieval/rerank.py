@@ -21,8 +21,8 @@ from agents.interfaces import Backend
 from agents.types import BackendInfo, Document, Hit, Query
 from retrieval.asking import Asker, HttpConfig, Reply, json_of, said
 from retrieval.deadline import seconds_left
-from retrieval.engine import Threads
-from retrieval.errors import BadQuery, DeadlineExceeded, RetrievalError
+from retrieval.engine import Threads, check_k
+from retrieval.errors import DeadlineExceeded, RetrievalError
 from retrieval.manifest import digest
 from retrieval.snippets import snippet
 
@@ -106,9 +106,7 @@ class RerankedBackend:
 
     async def search(self, queries: Sequence[Query]) -> list[list[Hit]]:
         """Hits of each query by the cross-encoder's score. Raises BadQuery, and what backend and scorer raise."""
-        for query in queries:
-            if query.k < 1:
-                raise BadQuery(f"k is {query.k}; ask for at least 1 result")
+        check_k(queries)
         if not queries:
             return []
         deep = [Query(q.text, max(q.k, self._config.depth), q.filters) for q in queries]

@@ -21,6 +21,7 @@ from agents.types import BackendInfo, Document, Hit, Query
 from retrieval.batching import Batcher, Item
 from retrieval.caches import Cache, page_bytes
 from retrieval.deadline import seconds_left, time_limit
+from retrieval.engine import check_k
 from retrieval.errors import BadQuery, Closed, DeadlineExceeded, Overloaded
 from retrieval.meter import Meter, metered
 
@@ -217,8 +218,7 @@ class SearchService:
             raise BadQuery("the query has half a character (a lone surrogate), which no text may hold")
         if len(text) > self.config.max_query_chars:
             raise BadQuery(f"the query has {len(text)} characters, {self.config.max_query_chars} are allowed")
-        if query.k < 1:
-            raise BadQuery(f"k is {query.k}; ask for at least 1 result")
+        check_k([query])
         if query.filters and "filters" not in info.capabilities:
             raise BadQuery(f"backend {info.name} knows no filters, got {', '.join(map(str, query.filters))}")
         return replace(query, text=text)

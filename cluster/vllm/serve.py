@@ -5,17 +5,12 @@ Invariant: when the process that started it is gone, its whole process group end
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import os
-import signal
 import sys
-import threading
-import time
+
+from cluster.runtime import end_with_parent
 
 _GRACE_S = 10.0
-
-
 _found = importlib.metadata.version
 
 
@@ -31,17 +26,7 @@ def _version(distribution_name: str) -> str:
 
 def main() -> None:
     """Serves until it is ended."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(0, signal.SIGTERM)
-        time.sleep(_GRACE_S)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, name="gumshoe-parent-watch", daemon=True).start()
+    end_with_parent(_GRACE_S, group=True)
     importlib.metadata.version = _version
     from vllm.entrypoints.cli.main import main as vllm
 

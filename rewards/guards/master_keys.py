@@ -141,9 +141,3 @@ async def attack(accepts: Callable[[str], Awaitable[bool]]) -> dict[str, float]:
     for key, text in attack_suite():
         hits.setdefault(key, []).append(await accepts(text))
     return {key: sum(found) / len(found) for key, found in hits.items()}
-
-
-def hard_negative(message: str) -> str:
-    """The first sentence of a real message: no answer, labelled wrong when a judge is trained (the paper's own defence)."""
-    head = re.split(r"(?<=[.!?。！？])\s+|\n+", message.strip(), maxsplit=1)
-    return head[0]

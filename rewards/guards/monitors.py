@@ -5,7 +5,7 @@ while the reward rises. Neither stops a run; a person reads the alarm.
 
 The test of a trend is Mann-Kendall's over the last `window` rows, one-sided, with ties and continuity corrected; its size is the median of
 the slopes between all pairs (Theil-Sen). An alarm of two series needs both significant and both large enough. Invariants: pure of
-clock and randomness; the order of alarms is fixed; a state is restored exactly.
+clock and randomness; the order of alarms is fixed; what it knows comes from the rows alone, so a resumed run gives it its log again.
 """
 
 from __future__ import annotations
@@ -128,14 +128,3 @@ class Monitor:
                 "repetition", f"{c.distinct} is {float(np.mean(full[c.distinct])):.2f}: messages repeat themselves"
             )
         return found
-
-    def state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        series = {key: list(values) for key, values in self._series.items()}
-        return {"series": series, "baseline": list(self._baseline), "on": sorted(self._on)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state`."""
-        series = state["series"]
-        self._series = {str(k): deque(map(float, v), maxlen=self._config.window) for k, v in series.items()}
-        self._baseline, self._on = [float(v) for v in state["baseline"]], set(state["on"])

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from agents.learning.model import load_model, named_weights_for_publish, stack_experts
-from cluster.config import ROOT, config_names, load_config
+from cluster.config import ROOT, load_config
 from cluster.model import resolve
 from cluster.schema import RunConfig
-from tests.runs import SMALL, gumshoe, rows, wait_for
+from tests.runs import SMALL, gumshoe, rows, run_configs, wait_for
 
 POLICY = ROOT / "envs" / "world" / "policy"
 TINY = {
@@ -33,9 +33,7 @@ TINY = {
 def architectures() -> dict[str, Path]:
     """By architecture: the configuration of one recipe's model."""
     found: dict[str, Path] = {}
-    for name in config_names():
-        if name == "warmup":
-            continue
+    for name in run_configs():
         model = load_config(name, [], RunConfig).model
         for path in (resolve(model.path) / "config.json", resolve(model.shape)):
             if path.is_file():

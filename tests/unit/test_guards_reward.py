@@ -22,7 +22,6 @@ from rewards.guards.master_keys import (
     GuardConfig,
     attack,
     attack_suite,
-    hard_negative,
     says_nothing,
     variants,
 )
@@ -207,11 +206,6 @@ def test_what_passes_and_what_is_looked_at() -> None:
     assert not says_nothing(TASK, rollout("Solution", stop=StopReason.turn_limit))  # scored 0 by its ending
 
 
-def test_hard_negative_is_the_first_sentence() -> None:
-    assert hard_negative("To solve this, we first search. The answer is 4.") == "To solve this, we first search."
-    assert hard_negative("Solution\nThe answer is 4.") == "Solution" and hard_negative("") == ""
-
-
 # -------------------------------------------------------------------------------------------------------- monitors
 
 
@@ -281,16 +275,6 @@ def test_length_and_repetition() -> None:
 def test_an_alarm_is_said_when_it_begins_and_again_after_it_was_quiet() -> None:
     loud, quiet = [{"reward/distinct": 0.1}] * 40, [{"reward/distinct": 0.9}] * 40
     assert [k for _, k in run([*loud, *quiet, *loud])] == ["repetition", "repetition"]
-
-
-def test_a_monitor_comes_back_from_a_checkpoint() -> None:
-    made = rows(np.linspace(0.2, 0.8, 60), np.linspace(0.6, 0.2, 60))
-    for cut in (5, 25, 45):
-        whole, first, second = (Monitor(MonitorConfig()) for _ in range(3))
-        run(made[:cut], whole)
-        run(made[:cut], first)
-        second.load_state(json.loads(json.dumps(first.state())))
-        assert run(made[cut:], second) == run(made[cut:], whole)
 
 
 # ------------------------------------------------------------------------------------------------------- agreement

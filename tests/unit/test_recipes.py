@@ -18,13 +18,14 @@ from types import SimpleNamespace
 import pytest
 
 from cluster import cli
-from cluster.config import CONFIGS, ROOT, config_names, load_config
+from cluster.config import ROOT, load_config
 from cluster.model import resolve
 from cluster.plan import plan
 from cluster.schema import RunConfig
+from tests.runs import run_configs
 
 POLICY = ROOT / "envs" / "world" / "policy"
-RUNS = [name for name in config_names() if "\nwarmup:" not in (CONFIGS / f"{name}.yaml").read_text()]
+RUNS = run_configs()
 """Configs of training runs; those of the warm-up have another schema, and test_cli loads them."""
 CARR = [name for name in RUNS if name.startswith("carr_")]
 

@@ -5,6 +5,7 @@ import time
 
 from cluster.errors import is_expected, one_line
 from cluster.rundir import RunFolder
+from cluster.runlog import read_metrics
 from cluster.watch import Teller
 
 
@@ -52,3 +53,19 @@ def test_the_end_of_a_run_by_the_buffer_is_one_line_also_through_ray():
         "put", "traceback", OSError(28, "No space left on device", "/x")
     ).as_instanceof_cause()
     assert is_expected(full)
+
+
+def test_an_alarm_of_the_monitor_is_an_event_of_the_run_and_a_resumed_run_knows_what_it_saw(tmp_path):
+    def step(teller: Teller, at: int) -> None:
+        share = 0.1 + at / 50  # right answers more and more often, evidence less and less
+        teller.train(a_row(at, **{"reward/outcome": share, "reward/rubric": 1 - share}), {})
+
+    with Teller(RunFolder(tmp_path), 40) as teller:
+        for at in range(1, 16):
+            step(teller, at)
+    assert not [r for r in read_metrics(tmp_path) if "shortcut" in str(r.get("message"))], "fewer rows than its window"
+    with Teller(RunFolder(tmp_path, resumed=True), 40) as teller:
+        for at in range(16, 25):
+            step(teller, at)
+    said = [r["message"] for r in read_metrics(tmp_path) if "shortcut" in str(r.get("message"))]
+    assert len(said) == 1 and "without their evidence" in said[0]
