@@ -71,9 +71,12 @@ class Endpoint:
 
 @asynccontextmanager
 async def serve(
-    handler: Handler, models: tuple[int, list[str]] = (200, ["judge"]), delay_s: float | tuple[float, float] = 0.0
+    handler: Handler,
+    models: tuple[int, list[str]] = (200, ["judge"]),
+    delay_s: float | tuple[float, float] = 0.0,
+    port: int = 0,
 ) -> AsyncIterator[Endpoint]:
-    """Serve on a free loopback port until the block ends. `delay_s`: of every answer; two values: drawn between them."""
+    """Serve on loopback (port 0: a free one) until the block ends. `delay_s`: of every answer; two values: drawn between them."""
     endpoint = Endpoint()
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -125,7 +128,7 @@ async def serve(
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    server = await asyncio.start_server(accept, "127.0.0.1", port)
     endpoint.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     try:
         yield endpoint

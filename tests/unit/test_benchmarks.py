@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from itertools import islice
 
 import numpy as np
 import pytest
 
+from agents.interfaces import Services
 from benchmarks import memory, peer_trl, pipeline, work
+from benchmarks.rule_endpoint import RuleEndpoint
+from envs.world import WorldConfig
+from envs.world.traces import MixConfig, ScriptConfig, scripts
+from rewards.carr import carr
+from rewards.config import RewardConfig
+from rewards.judges.base import JudgeConfig
+from rewards.judges.chat import ChatJudge
+from rewards.judges.rule import RuleJudge
+from tests.support.reward_cases import group, rollout
 
 
 @pytest.mark.parametrize("module", [pipeline, peer_trl, memory])
@@ -117,3 +129,37 @@ def test_a_look_sees_processes_steps_and_moments() -> None:
     assert seen.steps == [0, 3] and seen.up_at == seen.trained_from == seen.times[0]
     assert seen.sizes[0]["driver"].best > 0 and seen.most["driver"] == 1
     assert memory.growth(seen, 10, ["driver"]) == {"driver": "too few samples (1)"}
+
+
+def test_the_endpoint_of_closed_worlds_judges_over_http_as_the_rule_judge_does():
+    mix = MixConfig(early=0.2, wrong_fact=0.2, uncited=0.1, see_also=0.1)
+    config = ScriptConfig(world=WorldConfig(num_entities=40, num_tasks=24), mix=mix)
+    told = [s for s in islice(scripts(config, 3), 80) if isinstance(s.steps[-1], str)]
+    tasks = [s.task for s in told]
+    groups = [
+        group(
+            s.task,
+            rollout(
+                s.steps[-1].rpartition("</think>")[2].strip(),
+                [e for step in s.steps if isinstance(step, tuple) for e in step],
+            ),
+        )
+        for s in told
+    ]
+    score = carr(RewardConfig(name="carr", outcome="judge", lazy_rubrics=False))
+
+    async def verdicts(judge):
+        try:
+            return [(await score(g, Services(judge=judge)))[0] for g in groups]
+        finally:
+            await judge.close()
+
+    with RuleEndpoint(tasks) as endpoint:
+        over_http = asyncio.run(verdicts(ChatJudge(JudgeConfig(kind="chat", base_url=endpoint.url, model="judge"))))
+        endpoint.down = True
+        gone = JudgeConfig(kind="chat", base_url=endpoint.url, model="judge", deadline_s=0.5, backoff_s=0.01)
+        lost = asyncio.run(score(groups[0], Services(judge=ChatJudge(gone))))[0]
+    by_rule = asyncio.run(verdicts(RuleJudge()))
+    assert [v.parts for v in over_http] == [v.parts for v in by_rule] and not endpoint.puzzled
+    assert len({tuple(v.parts.values()) for v in by_rule}) > 3, "the cases differ"
+    assert lost.masked
