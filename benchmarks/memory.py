@@ -1,9 +1,10 @@
-"""What every process of a run needs in memory, and whether anything grows: `python benchmarks/memory.py`, about 25 minutes.
+"""What every process of a run needs in memory, and whether anything grows: `python benchmarks/memory.py`, about 20 minutes.
 
-Three parts:
+Four parts:
 - actors: the demo for some steps; per process, memory at rest (it is up and has not worked yet) and at its peak.
 - live: 1,000 optimiser steps of the smallest live run (one group of two attempts per step), its groups recorded; how fast driver and
   buffer grow over the last 800 steps.
+- cache: as live, 400 steps with a KV cache of 64 MiB. An engine touches its cache block by block, which looks like growth until it is full.
 - replay: 1,000 steps trained from those recorded groups; the same question, with nothing else in the way.
 
 Invariants: sizes are PSS where the kernel tells it (memory shared by n processes counts 1/n in each, so that the sum is what the
@@ -116,14 +117,14 @@ class Watched:
             self.most[name] = max(number, self.most.get(name, 0))
 
 
-def watch(storage: Path, name: str, changes: Sequence[str]) -> Watched:
+def watch(storage: Path, name: str, changes: Sequence[str], every_s: float = EVERY_S) -> Watched:
     """Runs `gumshoe train configs/demo.yaml` with changes, and looks at its processes until it ends."""
     given = [f"name={name}", f"storage_path={storage}", "train.max_minutes=0", *changes]
     log, seen, tail = storage / f"{name}.log", Watched(), Tail(storage / name / "metrics.jsonl")
     with gumshoe("train", "configs/demo.yaml", *given, log=log) as process:
         while process.poll() is None:
             seen.look(process.pid, tail.new())
-            time.sleep(EVERY_S)
+            time.sleep(every_s)
     if process.returncode:
         raise RuntimeError(f"run {name} ended with {process.returncode}: {log.read_text(errors='replace')[-1500:]}")
     return seen
@@ -219,14 +220,21 @@ def measure_live(storage: Path, steps: int) -> dict[str, Any]:
     return growth(watch(storage, "live", changes), steps, GROWING)
 
 
+def measure_cache(storage: Path, steps: int) -> dict[str, Any]:
+    most = min(steps, 400)
+    changes = [*TINY, f"train.steps={most}", "train.checkpoint_every=250", "engine.kv_cache_gb=0.0625"]
+    return growth(watch(storage, "cache", changes), most, ("engine core",))
+
+
 def measure_replay(storage: Path, steps: int) -> dict[str, Any]:
     if not (storage / "live" / "groups").is_dir():
         watch(storage, "live", [*TINY, "train.steps=60", "record=true"])
     changes = [*TINY, f"train.steps={steps}", "train.checkpoint_every=250", f"replay={storage / 'live'}"]
-    return growth(watch(storage, "replay", changes), steps, ("driver", "buffer", "learner", "Ray: gcs_server"))
+    seen = watch(storage, "replay", changes, every_s=0.2)  # it takes half a minute
+    return growth(seen, steps, ("driver", "buffer", "learner", "Ray: gcs_server"))
 
 
-PARTS = {"actors": measure_actors, "live": measure_live, "replay": measure_replay}
+PARTS = {"actors": measure_actors, "live": measure_live, "cache": measure_cache, "replay": measure_replay}
 
 
 def labelled(part: str, table: Mapping[str, Any]) -> dict[str, Any]:
