@@ -352,7 +352,7 @@ def measure(bench: Bench, given: argparse.Namespace) -> None:
         from benchmarks.elastic import measure as measure_elastic
 
         asked = bench.queries("debian")[: given.queries]
-        found = measure_elastic(bench.documents("debian"), asked, CLIENTS, SECONDS)
+        found = measure_elastic(bench.documents("debian"), asked, CLIENTS, SECONDS, bench.encoder("debian"))
         for mode in ("bm25", "dense", "hybrid"):  # under the names of the other rows, so that they stand in one table
             names = {key: key.removeprefix(f"{mode} ") for key in found if key.startswith(f"{mode} ")}
             row = {("known-item " if n[0] == "r" else "served ") + n: found.pop(key) for key, n in names.items()}
