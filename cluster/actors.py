@@ -3,6 +3,9 @@
 Retrieval, reward, buffer and fleet are restarted by Ray (`max_restarts`): the first two hold no state, the buffer comes back
 from its journal, the fleet from what was published last. The fleet replaces samplers; a rollout worker that dies is
 replaced here, after its leases were given back. Whoever is still alive at the end is ended.
+
+Over several nodes (`cluster.placement`) the fleet, the buffer, the reward and the first router stand beside the driver, whose end is theirs
+anyway; rollout workers are spread over the nodes that live, and go on elsewhere when one is lost.
 """
 
 from __future__ import annotations
@@ -11,55 +14,81 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from agents.interfaces import Speech
 from agents.types import BackendInfo, Group, Task, Version
+from cluster import nodes
 from cluster.buffer import Buffer, BufferSetup
 from cluster.errors import UserError, one_line
 from cluster.fleet import Fleet
 from cluster.judges import place as place_judges
 from cluster.model import resolve
-from cluster.retrieval_actors import LASTING, place
+from cluster.nodecache import at_hand, ship
+from cluster.placement import Seats, demands, labelled, reserve, unlabelled
+from cluster.retrieval_actors import LASTING, arrange, num_shards
 from cluster.rollout import Play, RolloutWorker
 from cluster.runtime import actor, sealed
-from cluster.schema import RunConfig
+from cluster.schema import ProtocolConfig, RunConfig
 from cluster.services import RewardServer
 from cluster.speech import make_speech
+from cluster.storage import is_object_store, prove_shared
 from cluster.vllm.engine import EngineConfig
 from cluster.watchdog import Poll, Tally, Watchdog
+
+_CLEAR_S = 10.0
 
 
 class Actors:
     """Everything that runs beside the driver and the learner."""
 
     def __init__(
-        self, config: RunConfig, play: Play, engine: EngineConfig, corpus_dir: str, segments: str = ""
+        self,
+        config: RunConfig,
+        play: Play,
+        engine: EngineConfig,
+        corpus_dir: str,
+        segments: str = "",
+        seats: Seats | None = None,
     ) -> None:
         self._config = config
+        self.model = engine.model
+        """The policy's place, for a learner on any node (`cluster.nodecache`)."""
+        self._seats = seats or Seats()
+        self._home, self._segments = nodes.here(), segments
+        here = nodes.bound_to(self._home)
         self._play = play
         self._names = itertools.count()
         self._workers: dict[str, Any] = {}
+        self._nodes: dict[str, str] = {}
+        """Where each worker is."""
+        self._routers: dict[str, Any] = {}
+        """By node, of those that have one of their own."""
         self._replaced = Tally(config.rollout.max_restarts)
         self.watchdog = Watchdog(config.watch)
         self.buffer: Any = None
-        self.retrieval, self._leans_on = place(config.retrieval, config.service, corpus_dir)
+        self._new_router, self._leans_on = arrange(config.retrieval, config.service, corpus_dir, self._seats)
+        self.retrieval = self._new_router(**here)
         whole = lambda path: str(resolve(path)) if path else ""  # noqa: E731 - actors have working directories of their own
         judge = config.judge
         judge = dataclasses.replace(
             judge, cache_dir=whole(judge.cache_dir), record=whole(judge.record), replay=whole(judge.replay)
         )
-        self.judges = {f"judge engine {i}": handle for i, handle in enumerate(place_judges(judge))}
+        self.judges = {
+            f"judge engine {i}": handle for i, handle in enumerate(place_judges(judge, self._seats.of("judge")))
+        }
         state = str(Path(segments) / "published.json") if segments else ""
-        self.fleet = actor(Fleet, **LASTING).remote(config.fleet, engine, state)
+        self.fleet = actor(Fleet, **LASTING, **here).remote(config.fleet, engine, state, self._seats.of("sampler"))
         starting = self.fleet.start.remote()  # takes longest, so the others come up meanwhile
         for name, handle in self._leans_on.items():
             self.up(f"retrieval's {name}", handle.ready.remote())
         self.info: BackendInfo = self.up("retrieval", self.retrieval.ready.remote())[1]
-        self.reward = actor(RewardServer, **LASTING).remote(
+        self.reward = actor(RewardServer, **LASTING, **here).remote(
             config.reward,
             judge,
             sealed(list(self.judges.values())),
@@ -80,8 +109,9 @@ class Actors:
             self.watchdog.watch(name, handle)
 
     def open_buffer(self, setup: BufferSetup) -> None:
-        """The ledger, and with it the rollouts, which start as soon as there is room."""
-        self.buffer = actor(Buffer, **LASTING).remote(setup)
+        """The ledger, and with it the rollouts, which start as soon as there is room. The learner's seats are free from here on."""
+        self._seats.release("learner")
+        self.buffer = actor(Buffer, **LASTING, **nodes.bound_to(self._home)).remote(setup)
         self.up("the buffer", self.buffer.counts.remote())
         self.watchdog.watch("buffer", self.buffer)
         for worker in self._workers.values():
@@ -122,29 +152,63 @@ class Actors:
             ray.get(self.fleet.shutdown.remote(), timeout=30)
         with contextlib.suppress(Exception):
             ray.get([judge.close.remote() for judge in self.judges.values()], timeout=30)
+        with contextlib.suppress(Exception):
+            self._clear_segments()
         others = [
-            self.fleet, self.reward, self.retrieval, *self._leans_on.values(), *self.judges.values(), self.buffer,
+            self.fleet, self.reward, self.retrieval, *self._routers.values(), *self._leans_on.values(), *self.judges.values(), self.buffer,
         ]  # fmt: skip
         for handle in [*self._workers.values(), *others]:
             if handle is not None:
                 with contextlib.suppress(Exception):
                     ray.kill(handle)
 
+    def _clear_segments(self) -> None:
+        """What a learner elsewhere has left in the memory of its node; here the run's end clears it."""
+        elsewhere = [n for n in nodes.living() if n.id != self._home] if self._segments else []
+        nodes.on_each(elsewhere, shutil.rmtree, self._segments, True, timeout_s=_CLEAR_S)
+
     def up(self, what: str, ready: Any, at_least_s: float = 0.0) -> Any:
         """What an actor says when it has come up. Raises UserError when it does not."""
         return came_up(what, ready, max(self._config.watch.start_s, at_least_s))
 
     def _new_worker(self) -> Any:
-        name = f"rollout-{next(self._names)}"
-        made = actor(RolloutWorker).remote(name, self._play, self.fleet, self.retrieval, self.info, self.reward)
-        self._workers[name] = made
+        name, node = f"rollout-{next(self._names)}", self._next_node()
+        labels = self._config.placement.rollout.labels
+        where = nodes.bound_to(node, soft=not labels) if node else {"label_selector": dict(labels)}
+        made = actor(RolloutWorker, **where).remote(
+            name, self._play, self.fleet, self._router_on(node), self.info, self.reward
+        )
+        self._workers[name], self._nodes[name] = made, node
         self.watchdog.watch(name, made, functools.partial(self._replace, name))
         return made
+
+    def _next_node(self) -> str:
+        """Of those that live and have the labels, the one with the fewest workers; empty: one has to join first."""
+        fits = [n.id for n in nodes.living() if labelled(n, self._config.placement.rollout.labels)]
+        taken = list(self._nodes.values())
+        return min(fits, key=taken.count, default="")
+
+    def _router_on(self, node: str) -> Any:
+        """The router that workers of a node ask."""
+        if self._config.placement.routers == "driver" or node in ("", self._home):
+            return self.retrieval
+        if node not in self._routers:
+            self._routers[node] = self._new_router(**nodes.bound_to(node, soft=True))
+            self.watchdog.watch(f"retrieval on {node[:8]}", self._routers[node])
+        return self._routers[node]
+
+    def _forget_lost_routers(self) -> None:
+        """Of nodes that are gone, with the workers that asked them."""
+        for node in [n for n in self._routers if n not in self._nodes.values() and not nodes.alive(n)]:
+            self.watchdog.forget(f"retrieval on {node[:8]}")
+            ray.kill(self._routers.pop(node))
 
     def _replace(self, name: str, reason: str) -> str:
         with contextlib.suppress(Exception):
             ray.kill(self._workers.pop(name))  # it may only seem dead, and nobody listens to it any more
-        if self._replaced.exceeded():
+        node_lost = bool(was := self._nodes.pop(name)) and not nodes.alive(was)
+        self._forget_lost_routers()
+        if not node_lost and self._replaced.exceeded():
             raise UserError(
                 f"rollout workers died {self._replaced.count} times within an hour, the last with: {reason}"
             )
@@ -153,7 +217,7 @@ class Actors:
         if self.buffer is not None:
             self.buffer.worker_lost.remote(name)  # its leases are leased again
             fresh.run.remote(self.buffer)
-        return f"{name} died, and another took its place: {reason}"
+        return f"{name} died{' with its node' if node_lost else ''}, and another took its place: {reason}"
 
 
 def came_up(what: str, ready: Any, limit_s: float) -> Any:
@@ -187,9 +251,17 @@ class Plays:
             try:
                 self._groups.update({g.task.id: g for g in ray.get(reference)})
                 del self._pending[i]
-            except ray.exceptions.RayActorError:
+            except (
+                ray.exceptions.RayActorError,
+                ray.exceptions.ObjectLostError,
+            ):  # an answer may be lost with its node
                 self._pending[i] = self._actors.play(self._shares[i], self._label, i + 1)
         return None if self._pending else [self._groups[task] for task in self._order]
+
+
+def _speech(model: str, protocol: ProtocolConfig) -> Speech:
+    """How the policy speaks, on whatever node that is asked."""
+    return make_speech(at_hand(model), protocol)
 
 
 @contextlib.contextmanager
@@ -197,7 +269,17 @@ def placed(
     config: RunConfig, model: str, index_dir: str, run_dir: Path, segments: str = ""
 ) -> Iterator[tuple[Actors, Any]]:
     """Actors for `config` around the policy in folder `model`; ended with the block. Yields them and the speech factory."""
-    speech = functools.partial(make_speech, model, config.protocol)
+    everyone, storage = (
+        nodes.living(),
+        config.storage_path if is_object_store(config.storage_path) else str(run_dir.parent),
+    )
+    if line := unlabelled("rollout", config.placement.rollout.labels, everyone):
+        raise UserError(line)
+    if not is_object_store(storage):
+        prove_shared(run_dir, everyone)
+    model = ship(model, everyone, storage)
+    index_dir = ship(index_dir, everyone, storage, copy=config.placement.copy_index)
+    speech = functools.partial(_speech, model, config.protocol)
     journal = config.sandbox.journal  # workers have folders of their own, so paths are made whole here
     journal = dataclasses.replace(
         journal,
@@ -207,8 +289,12 @@ def placed(
     sandbox = dataclasses.replace(config.sandbox, journal=journal)
     play = Play(config.name, speech, config.sampling, sandbox, config.rollout, config.seed)
     engine = dataclasses.replace(config.engine, model=model, version=Version(0, 0).label, seed=config.seed)
-    actors = Actors(config, play, engine, index_dir, segments)
-    try:
-        yield actors, speech
-    finally:
-        actors.close()
+    wanted = demands(
+        config, training=bool(segments), num_shards=num_shards(config.retrieval, config.service, index_dir)
+    )
+    with reserve(wanted, config.ray.wait_s) as seats:
+        actors = Actors(config, play, engine, index_dir, segments, seats)
+        try:
+            yield actors, speech
+        finally:
+            actors.close()

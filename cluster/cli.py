@@ -23,6 +23,7 @@ _EPILOG = """examples:
   gumshoe train demo                              train the tiny policy (configs/demo.yaml)
   gumshoe train demo train.steps=20 seed=3        the same, with other values
   gumshoe train demo --dry-run                    the plan, and all that is missing; starts nothing
+  gumshoe plan carr_4b_grpo --gpus 8x80           who sits on which GPU, and whether that fits
   gumshoe submit demo storage_path=/shared/runs   the same training as a job on a Ray cluster
   gumshoe index pages.jsonl --backend bm25 --out pages.index
                                                   the search index of a corpus
@@ -69,6 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="",
         metavar="RUN",
         help="train from the groups a run recorded, without samplers (replay=RUN)",
+    )
+    layout = add("plan", "say who sits on which GPU, what that takes, and what does not fit (status 2)", _plan)
+    layout.add_argument(
+        "--gpus",
+        default="",
+        metavar="NxMxGIB",
+        help="plan for N nodes of M GPUs with so many GiB, such as 2x8x80 or 8xh100",
     )
     submit = add("submit", "run the same training as a job on a Ray cluster", _submit)
     submit.add_argument(
@@ -170,6 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--reveal", action="store_true", help="write texts of an encrypted set too")
     doctor = add("doctor", "say what is installed, what fits this machine, and how a run went", _doctor, config=False)
     doctor.add_argument("--run", dest="run_dir", default=None, metavar="DIR", help="look at this run instead")
+    doctor.add_argument("--gpu", action="store_true", help="run the checks that want a GPU, some minutes of them")
 
     serve = add("serve", "serve a corpus over HTTP: /retrieve, /access, CaRR's tools, MCP", _serve, config=False)
     serve.set_defaults(takes_overrides=True)
@@ -281,6 +290,16 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    config = _run_config(args)
+    from cluster.layout import parse_gpus
+    from cluster.plan import plan_layout
+
+    made = plan_layout(config, parse_gpus(args.gpus) if args.gpus else None)
+    print("\n".join(made.text))
+    return 2 if made.missing else 0
+
+
 def _eval(args: argparse.Namespace) -> int:
     from cluster.config import find_config, load_config, parse_overrides, sections
 
@@ -381,8 +400,10 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from cluster.doctor import examine, examine_run
+    from cluster.doctor import examine, examine_gpu, examine_run
 
+    if args.gpu:
+        return 0 if examine_gpu() else 1
     lines, healthy = examine_run(Path(args.run_dir)) if args.run_dir else examine()
     for line in lines:
         print(line)

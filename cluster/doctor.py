@@ -1,6 +1,7 @@
 """`gumshoe doctor`: what is installed, what fits this machine, and how a run went.
 
-Invariants: it changes nothing, starts nothing and asks nobody outside this machine; it never fails itself.
+Invariants: it changes nothing, starts nothing and asks nobody outside this machine; it never fails itself. `examine_gpu` alone starts
+the checks of `cluster.gpu_check`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from agents.report.findings import BROKEN, PHASE_S, findings, phase_of, setting
 from agents.report.load import number, read_rows
 from agents.report.spans import read_spans
 from cluster.errors import UserError
+from cluster.gpu_check import NEVER_RUN, healthy, run, summary
 from cluster.machine import free_memory
 from cluster.model import ModelShape
 from cluster.progress import short_number, short_time
@@ -41,19 +43,20 @@ PACKAGES = (
     ("wandb", "optional: logs", False),
 )
 PORTS = ((8265, "Ray's dashboard"), (6379, "a Ray head"))
-NEVER_ON_GPU = (
-    "weight publishing between GPUs (NCCL, IPC)",
-    "FSDP2 on more than one GPU",
-    "bfloat16 training and its agreement with the sampler",
-    "CUDA graphs in the sampler",
-    "multi-node runs",
-)
 
 
 def examine() -> tuple[list[str], bool]:
     """Lines about this machine, and whether everything needed is there."""
     lines, healthy = _packages()
     return [*lines, "", *_machine(), "", *_fits(), "", *_never()], healthy
+
+
+def examine_gpu(tell: Callable[[str], None] = print) -> bool:
+    """Runs the checks that want a GPU, a line each as they end; says what no GPU has run. Healthy unless one failed."""
+    report = run(tell=tell)
+    for line in (summary(report), "", *_never()):
+        tell(line)
+    return healthy(report)
 
 
 def examine_run(run_dir: Path) -> tuple[list[str], bool]:
@@ -226,7 +229,7 @@ def _fits() -> list[str]:
 
 
 def _never() -> list[str]:
-    return ["never run on a GPU by this project's tests:", *(f"  - {what}" for what in NEVER_ON_GPU)]
+    return ["never run on a GPU:", *(f"  - {untried.what} ({untried.where})" for untried in NEVER_RUN)]
 
 
 def _gpu() -> str:

@@ -6,6 +6,9 @@ Invariants:
   stays silent is fenced (no routes), killed and started again; it gets the current weights before it is routed to.
 - A publish never waits for a dead engine longer than its phase deadlines, and the others go on. One of a learner that
   another has replaced is refused.
+- An engine whose node was lost starts again in its seat, wherever Ray finds that room, or waits until a node joins; the run goes
+  on with fewer engines meanwhile, and says so. The loss of a node is no engine's fault and is not counted as one.
+- Where a learner shares the GPUs (`cluster.turns`), engines start, take weights and sample in the samplers' turn alone.
 - What was published last is on disk beside the weights, so that a fleet whose process died starts its engines with it.
 """
 
@@ -14,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import time
 from collections.abc import Coroutine, Sequence
@@ -26,18 +28,33 @@ import numpy as np
 import ray
 
 from agents.types import Generation, Sampling, Span, Version
-from cluster.errors import Fenced, one_line
+from cluster import nodes
+from cluster.errors import one_line
+from cluster.membership import TRANSPORTS, Place, StaleEpoch
+from cluster.nodecache import at_hand
+from cluster.placement import Seat
+from cluster.publishing import Facts, Meeting, Peer, Publishing
+from cluster.turns import FleetTurns
 from cluster.vllm.engine import EngineConfig, PolicyEngine
 from cluster.vllm.preflight import EngineError
-from cluster.vllm.transfer import Deadlines, Manifest, ShmTransport, publish
+from cluster.vllm.relay import Landing, unload
+from cluster.vllm.segment import Manifest
+from cluster.vllm.transfer import Deadlines, Phase, PublishReport
 from cluster.watchdog import Pulse, Tally, Waits, pulse_of
+
+_ROOM_S = 1.0
+"""Between two looks for a node, or for weights, that an engine waits for."""
+_PIECE_S = 60.0
+"""How long one piece of a segment may take from another node."""
 
 
 class Sampler:
     """Hosts one engine. An actor of this class is what a rollout worker samples from."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._engine = PolicyEngine(config)
+        self._engine = PolicyEngine(replace(config, model=at_hand(config.model)))
+        self._stack = contextlib.ExitStack()
+        self._landing: Landing | None = None
 
     async def start(self) -> list[int]:
         """Brings the engine up; returns the pids of this actor and of the engine's processes."""
@@ -70,15 +87,41 @@ class Sampler:
         """Counters of the engine, and the label of its weights."""
         return {**asdict(await self._engine.stats()), "version": self._engine.version, "dead": self._engine.dead}
 
+    async def gpus(self) -> tuple[str, list[str]]:
+        """The node it is on, and the ids of the GPUs that Ray gave it."""
+        context = ray.get_runtime_context()
+        return context.get_node_id(), list(context.get_accelerator_ids().get("GPU", ()))
+
     async def checksums(self) -> dict[str, Any]:
         return asdict(await self._engine.checksums())
+
+    async def facts(self) -> dict[str, Any]:
+        """What publishing must know of this engine: `publishing.Facts` as a dict, with the node beside the devices."""
+        return {"node": ray.get_runtime_context().get_node_id(), **await self._engine.facts()}
+
+    async def land(self, manifest: dict[str, Any], parcel: Sequence[Any]) -> dict[str, Any]:
+        """Writes another node's segment to this one's memory, from Ray's object store. Returns its manifest here."""
+        return await asyncio.to_thread(self._land, Manifest.from_dict(manifest), parcel)
+
+    def _land(self, manifest: Manifest, parcel: Sequence[Any]) -> dict[str, Any]:
+        from cluster.rundir import segment_dir
+
+        if self._landing is None:
+            self._landing = Landing(self._stack.enter_context(segment_dir()))
+        return self._landing.land(manifest, unload(parcel, _PIECE_S)).to_dict()
 
     async def call(self, method: str, *args: Any) -> None:
         """The publishing methods of `transfer.EngineClient`."""
         await getattr(self._engine, method)(*args)
 
     async def shutdown(self) -> None:
+        self._stack.close()
         await self._engine.shutdown()
+
+
+async def _node_of(seat: Seat | None) -> str:
+    """Id of the node that a seat is on; empty while there is none."""
+    return "" if seat is None else await asyncio.to_thread(seat.node)
 
 
 class _Client:
@@ -100,6 +143,8 @@ class FleetConfig:
 
     num_engines: int = 1
     """Sampler actors."""
+    min_engines: int = 0
+    """With how many a run begins; the others come up when the cluster has room for them. 0: all must be there."""
     num_cpus: float = 0.5
     """Ray CPUs an engine asks for (placement only; its threads are set by `engine.threads`)."""
     num_gpus: float = 0.0
@@ -112,11 +157,25 @@ class FleetConfig:
     """How long an engine may stay silent before it counts as dead."""
     publish_deadline_s: float = 120.0
     """Deadline of each phase of a publish that moves weights."""
+    transport: str = "auto"
+    """How weights reach the engines. `shm`: a file in shared memory on the learner's node. `relay`: that file by Ray's object store to each
+    node. `nccl`: broadcast to engines on GPUs of their own. `ipc`: CUDA IPC to engines on the learner's GPUs. `gloo`: broadcast over TCP.
+    `auto`: by where learner and engines sit."""
+    bucket_mb: int = 256
+    """Weights that travel at a time, in MiB; a larger tensor travels alone. Learner and engines hold two such buckets."""
 
     def check(self) -> None:
         """Raises ValueError, one line, for a value outside its range."""
         if self.num_engines < 1:
             raise ValueError(f"fleet.num_engines is {self.num_engines}; it must be at least 1")
+        if self.transport not in TRANSPORTS:
+            raise ValueError(f"fleet.transport is {self.transport}; it must be one of {', '.join(TRANSPORTS)}")
+        if self.bucket_mb < 1:
+            raise ValueError(f"fleet.bucket_mb is {self.bucket_mb}; it must be at least 1")
+        if not 0 <= self.min_engines <= self.num_engines:
+            raise ValueError(
+                f"fleet.min_engines is {self.min_engines}; it must be between 0 and fleet.num_engines={self.num_engines}"
+            )
 
 
 @dataclass
@@ -126,7 +185,20 @@ class _Engine:
     pids: list[int] = field(default_factory=list)
     live: bool = False
     """Holds the weights that were published last, and may be routed to."""
+    facts: Facts | None = None
+    """What it said of itself when it was up: from then on it can be published to."""
     sessions: int = 0
+    seat: Seat | None = None
+    """Its room on the cluster; None: Ray puts it anywhere."""
+    node: str = ""
+    """Where it runs, once it is up."""
+
+
+def _timings(report: PublishReport) -> dict[str, float]:
+    return {
+        "publish/seconds": report.seconds, "publish/pause_ms": report.pause_ms,
+        "publish/engines": float(len(report.results)), "publish/failed": float(len(report.failed)),
+    }  # fmt: skip
 
 
 def _started_again() -> bool:
@@ -140,15 +212,18 @@ def _started_again() -> bool:
 class Fleet:
     """Owns the sampler actors. Create, `await start()`, then `route`, `publish`, `report`."""
 
-    def __init__(self, config: FleetConfig, engine: EngineConfig, state: str = "") -> None:
+    def __init__(self, config: FleetConfig, engine: EngineConfig, state: str = "", seats: Sequence[Seat] = ()) -> None:
+        """`seats`: room for each engine, those that must be there at the start first; empty: Ray finds it."""
         self._config = config
         self._engine_config = engine
         self._state = Path(state) if state else None
+        self._seats: list[Seat | None] = list(seats) or [None] * config.num_engines
         self._engines: dict[str, _Engine] = {}
         self._routes: dict[str, str] = {}
         self._owners: dict[str, str] = {}
-        self._manifest: Manifest | None = None
-        self._version = engine.version
+        self._weights = Publishing(
+            config.transport, config.bucket_mb << 20, self._deadlines(), engine.version, self._state
+        )
         self._names = itertools.count()
         self._prefix = "sampler-"
         self._began = False
@@ -156,6 +231,7 @@ class Fleet:
         self._events: list[str] = []
         self._fatal = ""
         self._membership = asyncio.Lock()
+        self._turns = FleetTurns(Path(state).with_name("turn") if state else None)
         self._watch: asyncio.Task[None] | None = None
         self._jobs: set[asyncio.Task[None]] = set()
         self._load: list[np.ndarray] = []
@@ -163,18 +239,22 @@ class Fleet:
         self._waits = Waits()
 
     async def start(self) -> dict[str, list[int]]:
-        """Starts all engines; returns their pids by name. Raises EngineError of the first that cannot start."""
+        """Starts the engines that must be there; returns their pids by name. Raises EngineError of the first that cannot start."""
         self._began = True
-        fresh = [self._create() for _ in range(self._config.num_engines)]
+        first = self._config.min_engines or len(self._seats)
+        fresh = [self._create(seat) for seat in self._seats[:first]]
         room = asyncio.Semaphore(os.cpu_count() or 1)  # most of a start is one thread that imports
 
         async def bring_up(engine: _Engine) -> None:
             async with room:
-                engine.pids = await self._started(engine)
+                engine.pids = await self._brought_up(engine)
+                engine.node = await _node_of(engine.seat)
                 engine.live = True
 
         await asyncio.gather(*(bring_up(engine) for engine in fresh))
         self._watch = asyncio.create_task(self._watch_health())
+        for seat in self._seats[first:]:
+            self._background(self._replace(seat))
         return {e.name: e.pids for e in fresh}
 
     async def pulse(self) -> Pulse:
@@ -219,31 +299,87 @@ class Fleet:
         if engine is not None:
             self._fence(engine, reason)
 
-    async def publish(self, manifest: dict[str, Any], version: str) -> dict[str, Any]:
-        """Brings weights into all live engines; a failing one is fenced. Returns timings and who failed."""
+    async def meet(self, sender: str, learner: Place) -> Meeting:
+        """How the next publish of the learner process `sender`, which sits there, goes. Raises UserError when it cannot."""
         async with self._membership:
-            if Version.parse(version).incarnation < Version.parse(self._version).incarnation:
-                raise Fenced(f"weights {version} are of a learner that was replaced; published are {self._version}")
-            self._manifest, self._version = Manifest.from_dict(manifest), version
-            self._keep_state()
-            targets = {e.name: e for e in self._engines.values() if e.live}
-            report = await publish(
-                {name: _Client(e.handle) for name, e in targets.items()},
-                ShmTransport(self._manifest), version, self._deadlines(),
-            )  # fmt: skip
-            for name, result in report.results.items():
-                if not result.ok:
-                    self._fence(targets[name], f"publish {version} failed in {result.failed_phase}: {result.reason}")
-        return {
-            "publish/seconds": report.seconds, "publish/pause_ms": report.pause_ms, "publish/engines": float(len(targets)),
-            "publish/failed": float(len(report.failed)), "publish/bytes": float(self._manifest.nbytes),
-        }  # fmt: skip
+            return self._weights.meet(sender, learner, self._peers())
+
+    async def publish(self, manifest: dict[str, Any], version: str, parcel: Sequence[Any] = ()) -> dict[str, Any]:
+        """Brings a segment into all engines that are up; a failing one is fenced. Returns timings and who failed.
+
+        `parcel`: the segment's bytes in Ray's object store, for engines on other nodes."""
+        segment = Manifest.from_dict(manifest)
+        async with self._membership:
+            report = await self._weights.segment(segment, version, parcel, self._peers())
+            self._take_stock(report, last=True)
+        return {**_timings(report), "publish/bytes": float(segment.nbytes)}
+
+    async def broadcast(
+        self, ticket: str, epoch: int, version: str, endpoint: dict[str, Any], layout: dict[str, Any], last: bool
+    ) -> dict[str, Any]:
+        """The same by a collective, in which the learner sends when it is `cleared`. `publish/again`: it broke, and those that are left can
+        be sent to in a new epoch; unless this was the `last` try."""
+        async with self._membership:
+            try:
+                report = await self._weights.broadcast(ticket, epoch, version, endpoint, layout, self._peers())
+            except StaleEpoch as error:
+                self._events.append(f"publish {version} meets anew: {error}")
+                return {"publish/again": 1.0}
+            again = self._take_stock(report, last)
+        return {**_timings(report), "publish/again": float(again)}
+
+    async def cleared(self, ticket: str) -> bool:
+        """For the learner: whether it is to send in that publish, as soon as it is known."""
+        return await self._weights.cleared(ticket)
+
+    async def called_off(self, ticket: str) -> bool:
+        """For the learner that waits for the engines: whether not all of them can come."""
+        return self._weights.called_off(ticket)
+
+    async def hand_out(self, ticket: str, piece: dict[str, Any]) -> None:
+        """From the learner, by CUDA IPC: one piece for all engines; returns when they have taken it."""
+        await self._weights.hand_out(ticket, piece)
+
+    async def sent(self, ticket: str, checksum: str, reason: str) -> None:
+        """From the learner: it has sent everything, or why it could not."""
+        self._weights.sent(ticket, checksum, reason)
+
+    async def starving(self) -> bool:
+        """Whether engines are up, and none holds weights that may be sampled from: only another publish helps."""
+        up = [e for e in self._engines.values() if e.facts is not None]
+        return bool(up) and not any(e.live for e in up)
+
+    async def sleep(self) -> None:
+        """The learner's turn: returns when every engine has given its memory back. One that does not is fenced, which ends it."""
+        with contextlib.suppress(TimeoutError):  # whoever starts for longer waits for a node, and holds no memory
+            async with asyncio.timeout(self._engine_config.start_timeout_s + 120):
+                await self._turns.to_learner()
+        async with self._membership:
+            await self._all("sleep", [e for e in self._engines.values() if e.pids])
+
+    async def wake(self) -> None:
+        """The samplers' turn: engines with the weights that were published last go on. One that lacks them is fenced."""
+        async with self._membership:
+            await self._all("wake", [e for e in self._engines.values() if e.live])
+            self._turns.to_samplers()
+
+    async def slept_s(self, since: float) -> float:
+        """Seconds after `since` (unix) in which no engine sampled because it was the learner's turn."""
+        return self._turns.slept_s(since)
+
+    async def gpus(self) -> dict[str, list[str]]:
+        """Ids of the engines' GPUs by node."""
+        found: dict[str, list[str]] = {}
+        for engine in list(self._engines.values()):
+            node, ids = await engine.handle.gpus.remote()
+            found.setdefault(node, []).extend(ids)
+        return found
 
     async def verify(self) -> dict[str, Any]:
         """Compares what every live engine received with what was published last; one that differs is fenced."""
         sums = {}
         async with self._membership:
-            expected = self._manifest.checksum if self._manifest else None
+            expected = self._weights.checksum
             for engine in [e for e in self._engines.values() if e.live]:
                 try:
                     async with asyncio.timeout(self._config.health_timeout_s):
@@ -263,8 +399,10 @@ class Fleet:
         found, self._load = self._load, []
         if not found:
             return {}
+        live = float(sum(e.live for e in self._engines.values()))
         running, sampled, prompted, cached, possible = np.sum(found, axis=0).tolist()
         load = {
+            "engine/live": live,
             "engine/running": running / len(found),
             "engine/tokens_per_s": sampled / (len(found) * self._config.health_every_s),
         }
@@ -273,7 +411,10 @@ class Fleet:
 
     async def members(self) -> dict[str, dict[str, Any]]:
         """What the fleet knows of each engine."""
-        return {e.name: {"live": e.live, "pids": e.pids, "sessions": e.sessions} for e in self._engines.values()}
+        return {
+            e.name: {"live": e.live, "pids": e.pids, "sessions": e.sessions, "node": e.node}
+            for e in self._engines.values()
+        }
 
     async def events(self) -> list[str]:
         """Lines for the run's log since the last call. Raises EngineError when the engines failed too often to go on."""
@@ -296,23 +437,34 @@ class Fleet:
 
     # ------------------------------------------------------------------------------------------------- inside
 
-    async def _started(self, engine: _Engine) -> list[int]:
-        limit_s = self._engine_config.start_timeout_s + 60
-        try:
-            async with asyncio.timeout(limit_s):
-                return list(await engine.handle.start.remote())
-        except TimeoutError:
-            raise EngineError(
-                "start", f"{engine.name} did not come up within {limit_s:g} s: no room for it on the cluster?"
-            ) from None
+    async def _brought_up(self, engine: _Engine) -> list[int]:
+        """Its pids, once it is up: on a GPU that a learner shares, in the samplers' turn."""
+        async with self._turns.start():
+            pids = await self._started(engine)
+            engine.facts = await self._facts(engine)
+            return pids
 
-    def _create(self) -> _Engine:
+    async def _started(self, engine: _Engine) -> list[int]:
+        limit_s = left_s = self._engine_config.start_timeout_s + 60
+        asked = asyncio.ensure_future(engine.handle.start.remote())
+        while not (await asyncio.wait([asked], timeout=_ROOM_S))[0]:
+            await self._room(engine.seat)  # which may have lost its node meanwhile: that is no time of the engine's
+            left_s -= _ROOM_S
+            if left_s <= 0:
+                asked.cancel()
+                raise EngineError(
+                    "start", f"{engine.name} did not come up within {limit_s:g} s: no room for it on the cluster?"
+                )
+        return list(asked.result())
+
+    def _create(self, seat: Seat | None = None) -> _Engine:
         number = next(self._names)
         name = f"{self._prefix}{number}"
         # Engines of one seed would draw the same noise for the same prompt.
         config = replace(self._engine_config, seed=self._engine_config.seed + number)
         options = {"num_cpus": self._config.num_cpus, "num_gpus": self._config.num_gpus, "max_concurrency": 2048}
-        engine = _Engine(name, ray.remote(Sampler).options(**options).remote(config))
+        options |= seat.options if seat is not None else {}
+        engine = _Engine(name, ray.remote(Sampler).options(**options).remote(config), seat=seat)
         self._engines[name] = engine
         return engine
 
@@ -320,38 +472,122 @@ class Fleet:
         if self._engines.pop(engine.name, None) is None:
             return
         engine.live = False
-        self._events.append(f"{engine.name} was fenced: {reason}")
+        self._events.append(f"{engine.name} was fenced: {reason}{self._strength()}")
         with contextlib.suppress(Exception):
             ray.kill(engine.handle)
-        if self._restarts.exceeded():
-            self._fatal = f"sampler engines failed {self._restarts.count} times within an hour, last: {reason}"
-            return
-        self._background(self._replace())
+        self._background(self._replace(engine.seat, engine.node, reason))
+
+    async def _all(self, method: str, engines: Sequence[_Engine]) -> None:
+        """One call to each engine, side by side; who fails or is late is fenced."""
+
+        async def one(engine: _Engine) -> None:
+            try:
+                async with asyncio.timeout(self._config.publish_deadline_s):
+                    await engine.handle.call.remote(method)
+            except Exception as error:
+                limit = f"no answer to {method} within {self._config.publish_deadline_s:g} s"
+                self._fence(engine, f"could not {method}: {one_line(error) or limit}")
+
+        await asyncio.gather(*(one(engine) for engine in engines))
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         job = asyncio.create_task(work)
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
 
-    async def _replace(self) -> None:
-        """A new engine from the checkpoint, then the current weights, then routes."""
-        engine = self._create()
+    async def _replace(self, seat: Seat | None = None, was: str = "", reason: str = "") -> None:
+        """A new engine from the checkpoint, then the current weights, then routes. `was`: the node of the one before, which ended for
+        `reason`."""
+        node_lost = bool(was) and not await asyncio.to_thread(nodes.alive, was)
+        if reason and not node_lost and self._restarts.exceeded():
+            self._fatal = f"sampler engines failed {self._restarts.count} times within an hour, last: {reason}"
+            return
+        node = await self._room(seat)
+        engine = self._create(seat)
+        engine.node = node
         try:
-            engine.pids = await self._started(engine)
-            async with self._membership:  # no publish may slip in between these weights and the first route
-                if self._manifest is not None:
-                    report = await publish(
-                        {engine.name: _Client(engine.handle)},
-                        ShmTransport(self._manifest),
-                        self._version,
-                        self._deadlines(),
-                    )
-                    if not report.ok:
-                        raise EngineError("weights", report.results[engine.name].reason)
-                engine.live = True
-            self._events.append(f"{engine.name} took its place with weights {self._version}")
+            engine.pids = await self._brought_up(engine)
+            engine.node = await _node_of(seat)
+            await self._take_weights(engine)
         except Exception as error:
             self._fence(engine, f"could not take its place: {one_line(error)}")
+            return
+        self._events.append(f"{engine.name} took its place with weights {self._weights.version}{self._strength()}")
+
+    async def _room(self, seat: Seat | None) -> str:
+        """The node of a seat, waited for as long as it takes: its node may have been lost, or not have joined yet."""
+        told = False
+        while seat is not None and not (node := await _node_of(seat)):
+            if not told:
+                told = True
+                self._events.append(f"a sampler waits for a node with {seat} to join{self._strength()}")
+            await asyncio.sleep(_ROOM_S)
+        return node if seat is not None else ""
+
+    async def _take_weights(self, engine: _Engine) -> None:
+        """Brings what was published last into an engine that is up, and opens it for routes."""
+        told = False
+        while not engine.live:
+            # No publish may slip in between these weights and the first route, nor the turn of a learner on the same GPU.
+            async with self._turns.start(), self._membership:
+                if engine.live:  # one came while the lock was awaited
+                    return
+                rounds = self._weights.rounds
+                result = await self._weights.bring(engine.name, self._peer(engine))
+                if result is not None and result.ok:
+                    await _Client(engine.handle).wake()  # it may have slept since it came up
+                engine.live = result is None or result.ok
+            if result is None or result.ok:
+                return
+            if result.serving != "old" or result.failed_phase not in (Phase.INIT, Phase.STAGE):
+                raise EngineError("weights", result.reason)
+            if not told:
+                told = True
+                self._events.append(f"{engine.name} waits for the next weights: {result.reason}")
+            while not engine.live and self._weights.rounds == rounds:  # until a learner publishes again
+                if engine.name not in self._engines:
+                    raise EngineError("weights", "it was fenced while it waited for weights")
+                await engine.handle.stats.remote()
+                await asyncio.sleep(_ROOM_S)
+
+    async def _facts(self, engine: _Engine) -> Facts:
+        if not hasattr(engine.handle, "facts"):  # a stand-in, as tests have
+            return Facts()
+        async with asyncio.timeout(self._config.health_timeout_s):
+            found = await engine.handle.facts.remote()
+        return Facts(Place(found["node"], tuple(found["devices"])), found["num_workers"], found["dtype"])
+
+    def _peer(self, engine: _Engine) -> Peer:
+        async def land(manifest: dict[str, Any], parcel: Sequence[Any]) -> dict[str, Any]:
+            return dict(await engine.handle.land.remote(manifest, list(parcel)))
+
+        return Peer(_Client(engine.handle), engine.facts or Facts(), land)
+
+    def _peers(self) -> dict[str, Peer]:
+        """Every engine that is up, those that wait for weights too."""
+        return {e.name: self._peer(e) for e in self._engines.values() if e.facts is not None}
+
+    def _take_stock(self, report: PublishReport, last: bool) -> bool:
+        """After a publish: who has the weights may be routed to, who failed is fenced. In a collective others fail with it; they are kept,
+        unless this was the `last` try, and the answer is then True: it is worth another."""
+        again = False
+        for name, result in report.results.items():
+            engine = self._engines.get(name)
+            if engine is None:  # fenced meanwhile
+                continue
+            if result.ok:
+                engine.live = True
+            elif not last and (result.serving == "held" or (result.serving == "old" and not result.own_fault)):
+                engine.live = engine.live and result.serving == "old"
+                again = True
+            else:
+                self._fence(engine, f"publish {report.version} failed in {result.failed_phase}: {result.reason}")
+        return again
+
+    def _strength(self) -> str:
+        """How many engines work, where it is not all of them."""
+        live = sum(e.live for e in self._engines.values())
+        return f"; {live} of {len(self._seats)} engines work" if live < len(self._seats) else ""
 
     async def _watch_health(self) -> None:
         while True:
@@ -379,26 +615,16 @@ class Fleet:
         self._counted[engine.name] = counted
         return np.array([stats["in_flight"], *(counted - before)])
 
-    def _keep_state(self) -> None:
-        if self._state is not None and self._manifest is not None:
-            part = self._state.with_suffix(".part")
-            part.write_text(
-                json.dumps({"manifest": self._manifest.to_dict(), "version": self._version}), encoding="utf-8"
-            )
-            part.replace(self._state)
-
     def _come_back(self) -> None:
         """After a death of this process, and of its engines with it: as many new ones, with what was published last."""
         self._began = True
-        if self._state is not None and self._state.is_file():
-            saved = json.loads(self._state.read_text(encoding="utf-8"))
-            self._manifest, self._version = Manifest.from_dict(saved["manifest"]), saved["version"]
+        self._weights.restore()
         self._events.append(
-            f"the fleet came back; {self._config.num_engines} engines start with weights {self._version}"
+            f"the fleet came back; {self._config.num_engines} engines start with weights {self._weights.version}"
         )
         self._prefix = f"sampler-{os.getpid()}-"  # somebody may still report the dead ones by their names
-        for _ in range(self._config.num_engines):
-            self._background(self._replace())
+        for seat in self._seats:
+            self._background(self._replace(seat))
         self._watch = asyncio.create_task(self._watch_health())
 
     def _deadlines(self) -> Deadlines:

@@ -15,6 +15,7 @@ from typing import Any
 from agents.types import JudgeReply, JudgeRequest, Status
 from cluster.hosted import KEY as KEY
 from cluster.hosted import ModelServer
+from cluster.placement import Seat
 from rewards.judges.base import JudgeConfig, JudgeError, RunningJudge
 from rewards.judges.chat import ChatJudge
 from rewards.judges.pool import JudgePool
@@ -98,15 +99,19 @@ class RemoteJudge:
             self._stats = await self._handle.stats.remote()
 
 
-def place(config: JudgeConfig) -> list[Any]:
-    """Starts the engines of `judge.kind vllm` as actors; none for other kinds. They come up while others do."""
+def place(config: JudgeConfig, seats: Sequence[Seat] = ()) -> list[Any]:
+    """Starts the engines of `judge.kind vllm` as actors, each on a seat of its own where there are seats; none for other kinds.
+
+    They come up while others do.
+    """
     if config.kind != "vllm" or config.replay:
         return []
     from cluster.runtime import actor
 
     # A call under way fails at once when an actor dies, since another engine can be asked.
-    made = actor(JudgeEngine, num_gpus=config.num_gpus, max_restarts=-1, max_task_retries=0)
-    return [made.remote(config) for _ in range(config.engines)]
+    lasting: dict[str, Any] = {"num_gpus": config.num_gpus, "max_restarts": -1, "max_task_retries": 0}
+    options = [seat.options for seat in seats] or [{} for _ in range(config.engines)]
+    return [actor(JudgeEngine, **lasting, **each).remote(config) for each in options]
 
 
 def hosted(config: JudgeConfig, handles: Sequence[Any]) -> RunningJudge | None:

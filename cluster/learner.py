@@ -1,7 +1,7 @@
 """The learner's loop inside Ray Train: pull a batch, take an optimiser step, publish, checkpoint, again.
 
 Every rank runs `train_loop`. Invariants:
-- All ranks take the same decisions from the same batch; rank 0 alone talks to the fleet and settles the ledger.
+- All ranks take the same decisions from the same batch; rank 0 alone talks to the fleet and settles the ledger. All publish (`publisher.py`).
 - A batch is settled only after its optimiser step; admission moves on only after its weights were published.
 - Learner and ledger are saved together and go back together: whoever begins takes the newest checkpoint that is whole,
   and tells the buffer, which refuses whoever was there before. Checkpoints are this project's own (`agents.learning.checkpoint`),
@@ -14,15 +14,20 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agents.learning.config import CriticConfig, LearnerConfig, LoraConfig
-from agents.types import Version
 from cluster.errors import is_expected, one_line
+from cluster.layout import Turns
+from cluster.mirror import pull_checkpoint, push_checkpoint
+from cluster.nodecache import at_hand, once
+from cluster.placement import RolePlacement
 from cluster.runtime import environment
+from cluster.storage import ObjectStore
+from cluster.turns import Belongings, LearnerTurns, find_device
 from cluster.watchdog import Tally
 
 CALL_S = 900.0
@@ -101,6 +106,12 @@ class Setup:
     """Folder for published weights, in memory where the machine has one."""
     checkpoints: str
     """Folder of the run's checkpoints."""
+    turns: Turns | None = None
+    """How learners and samplers take turns; None: both work at the same time."""
+    place: RolePlacement = field(default_factory=RolePlacement)
+    """Where learners may sit."""
+    uri: str = ""
+    """Where the run is copied to, checkpoints as soon as they are whole; empty where its folder is one that all nodes see."""
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -109,7 +120,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
     setup: Setup = config["setup"]
     try:
-        _train(setup)
+        _train(replace(setup, model=at_hand(setup.model)))
     except Exception as error:
         if not is_expected(error):
             raise  # this learner is lost; Ray Train starts another from the last checkpoint
@@ -124,52 +135,83 @@ def _train(setup: Setup) -> None:
     from agents.learning.checkpoint import load_checkpoint
     from agents.learning.critic import load_critic
     from agents.learning.learner import Learner
+    from agents.learning.loading import load_sharded
     from agents.learning.model import load_model
     from agents.learning.scorer import ReferenceScorer
-    from agents.learning.shard import apply_fsdp
+    from cluster.publisher import Publisher
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    device = _device(setup, context)  # before ranks meet: each must have its own
+    turns = LearnerTurns(
+        setup.fleet if setup.turns else None,
+        device,
+        rank=rank,
+        offload=bool(setup.turns and setup.turns.offload),
+        ask=_ask,
+    )
     incarnation, folder = _begin(setup, rank, world)
-    device = ray.train.torch.get_device() if setup.train.worker_gpus else "cpu"
-    model = load_model(setup.model, setup.learner, device)
-    model = apply_fsdp(model) if world > 1 else model
+    turns.learn()  # engines leave before anything is loaded
+    load = load_sharded if world > 1 else load_model  # of several ranks none holds a whole model, at no time
+    model = load(setup.model, setup.learner, device)
     critic = None
     if setup.learner.critic.kind == "model":
-        critic = load_critic(setup.model, setup.learner, device)
-        critic = apply_fsdp(critic) if world > 1 else critic
+        critic = (
+            load_sharded(setup.model, setup.learner, device, critic=True)
+            if world > 1
+            else load_critic(setup.model, setup.learner, device)
+        )
     learner = Learner(model, setup.learner, critic=critic)
-    # The reference for the KL is the checkpoint training starts from; every rank scores its own samples with a whole copy.
+    # The reference for the KL is the checkpoint training starts from; every rank scores its own samples.
     reference = None
     if setup.learner.loss.kl_coef > 0:
         frozen = replace(setup.learner, lora=LoraConfig(), critic=CriticConfig())
-        reference = ReferenceScorer(load_model(setup.model, frozen, device))
+        reference = ReferenceScorer(load(setup.model, frozen, device), context=learner.context)
     step = int(load_checkpoint(folder, learner, verified=True)["step"]) if folder else 0
-    publisher = Publisher(setup, incarnation) if rank == 0 else None
-    publish_s = _publish(publisher, learner, step)  # also at the very start: it proves the way to every engine
+    turns.own(Belongings.of(learner, reference.model if reference else None))
+    publisher = Publisher(setup, incarnation, _ask, rank, world, device)
+    turns.before_publish()
+    publish_s = publisher.publish(learner.weights, step)  # also at the very start: it proves the way to every engine
+    turns.sample()
     began = saved_at = time.monotonic()
     checkpoint_s = 0.0
     while step < setup.train.steps:
         asked = time.monotonic()
-        batch = _next_batch(setup, incarnation, step, world, shared=learner.layout == "shared")
+        shared = learner.layout == "shared"
+        fetch = partial(_fetch, setup, incarnation, step, world, shared)
+        batch = publisher.next_batch(fetch, learner.weights, step)
         wait_s = time.monotonic() - asked
-        samples = list(batch.shards[rank])
+        turns.learn()
+        together = setup.learner.context_parallel  # ranks that share rows train what each of them would have trained
+        first = rank // together * together
+        samples = [s for part in batch.shards[first : first + together] for s in part]
         metrics = learner.step(reference(samples) if reference else samples)
         step += 1
-        if publisher is not None:
+        if rank == 0:
             times = {
                 "time/wait_s": wait_s, "time/publish_s": publish_s, "time/checkpoint_s": checkpoint_s,
                 "time/elapsed_s": time.monotonic() - began,
             }  # fmt: skip
             _ask(setup.buffer.settle.remote(incarnation, step - 1, {**metrics, **times}))
-        publish_s = _publish(publisher, learner, step)
+        turns.before_publish()
+        publish_s = publisher.publish(learner.weights, step)
         checkpoint_s = 0.0
         if batch.last or _due(setup.train, step, saved_at, world):
             saved_at = time.monotonic()
             _save(setup, learner, incarnation, step, rank)
             checkpoint_s = time.monotonic() - saved_at
+        turns.sample()
         if batch.last:
             return
+
+
+def _device(setup: Setup, context: Any) -> Any:
+    """Of this rank: a GPU of its own, one that it shares with an engine, or none."""
+    import ray.train.torch
+
+    if setup.turns and setup.turns.on_gpu:
+        return find_device(setup.fleet, context, _ask)
+    return ray.train.torch.get_device() if setup.train.worker_gpus else "cpu"
 
 
 def _begin(setup: Setup, rank: int, world: int) -> tuple[int, str]:
@@ -180,6 +222,9 @@ def _begin(setup: Setup, rank: int, world: int) -> tuple[int, str]:
     from agents.learning.checkpoint import newest_checkpoint, read_extra
 
     found: list[Any] = [0, ""]
+    if setup.uri:
+        with once(setup.checkpoints):  # ranks of one node share a folder
+            pull_checkpoint(f"{setup.uri}/checkpoints", Path(setup.checkpoints))
     if rank == 0:
         folder, lines = newest_checkpoint(setup.checkpoints)
         for line in lines:
@@ -203,7 +248,7 @@ def _due(train: TrainConfig, step: int, saved_at: float, world: int) -> bool:
 
 
 def _save(setup: Setup, learner: Any, incarnation: int, step: int, rank: int) -> None:
-    """Every rank joins; the first one writes. What cannot be written ends the run, with the last checkpoint whole."""
+    """Every rank joins; the first one writes, or all do. What cannot be written ends the run, with the last checkpoint whole."""
     import ray.train
 
     from agents.learning.checkpoint import CheckpointError, checkpoint_name, prune_checkpoints, save_checkpoint
@@ -213,7 +258,8 @@ def _save(setup: Setup, learner: Any, incarnation: int, step: int, rank: int) ->
     try:
         save_checkpoint(Path(setup.checkpoints) / checkpoint_name(step), learner, setup.model, state)
     except Exception as error:
-        if rank != 0 or not _is_disk(error):
+        # Of a sharded checkpoint every rank knows what went wrong on any; else the first one alone writes.
+        if not _is_disk(error) or (rank != 0 and not setup.learner.sharded_checkpoints):
             raise  # another rank died, or something else is wrong: the learner starts again
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {setup.checkpoints}: {one_line(error)[:200]}; earlier ones are "
@@ -221,6 +267,12 @@ def _save(setup: Setup, learner: Any, incarnation: int, step: int, rank: int) ->
         ) from error
     if rank == 0:
         prune_checkpoints(setup.checkpoints, setup.train.keep_checkpoints)
+        if setup.uri:
+            push_checkpoint(
+                Path(setup.checkpoints) / checkpoint_name(step),
+                f"{setup.uri}/checkpoints",
+                setup.train.keep_checkpoints,
+            )
         _ask(setup.buffer.checkpointed.remote(incarnation, step, time.monotonic() - began))
     ray.train.report({"step": step})
 
@@ -234,66 +286,15 @@ def _is_disk(error: Exception) -> bool:
     return isinstance(error, OSError) or named
 
 
-def _next_batch(setup: Setup, incarnation: int, step: int, world: int, *, shared: bool) -> Any:
-    """Waits for the batch. The driver, which sees everything, decides when waiting has taken too long."""
-    while True:
-        batch = _ask(setup.buffer.next_batch.remote(incarnation, step, world, shared=shared))
-        if batch is not None:
-            return batch
+def _fetch(setup: Setup, incarnation: int, step: int, world: int, shared: bool) -> Any:
+    """The batch, or None when it is not full yet. The driver, which sees everything, decides when waiting has taken too long."""
+    return _ask(setup.buffer.next_batch.remote(incarnation, step, world, shared=shared))
 
 
 def _ask(reference: Any) -> Any:
     import ray
 
     return ray.get(reference, timeout=CALL_S)
-
-
-class Publisher:
-    """Rank 0's way to the samplers: a segment in memory, the fleet, then the ledger."""
-
-    def __init__(self, setup: Setup, incarnation: int) -> None:
-        from cluster.vllm.segment import ShmWriter
-
-        self._incarnation = incarnation
-        self._setup = setup
-        self._writer = ShmWriter(setup.segments, prefix=f"weights-{incarnation}") if setup.fleet is not None else None
-        self._first = True
-
-    def publish(self, weights: Iterable[tuple[str, Any]], step: int) -> None:
-        setup, began, report = self._setup, time.monotonic(), {}
-        if self._writer is not None:
-            manifest = self._writer.write(weights)
-            label = Version(self._incarnation, step).label
-            report = dict(_ask(setup.fleet.publish.remote(manifest.to_dict(), label)))
-            if setup.train.verify_every and step % setup.train.verify_every == 0:
-                _ask(setup.fleet.verify.remote())
-                report["publish/verified"] = 1.0
-            if self._first:
-                self._clear_old(Path(manifest.path))
-        self._first = False
-        report["time/publish_s"] = time.monotonic() - began
-        _ask(setup.buffer.published.remote(self._incarnation, step, report))
-
-    def _clear_old(self, current: Path) -> None:
-        """Segments of learners before this one: nobody will read them again."""
-        for old in current.parent.glob("weights-*"):
-            if not old.name.startswith(f"weights-{self._incarnation}-"):
-                old.unlink(missing_ok=True)
-
-
-def _publish(publisher: Publisher | None, learner: Any, step: int) -> float:
-    """Every rank joins the gathering of weights; rank 0 publishes them. Returns the seconds it took."""
-    import torch
-
-    began = time.monotonic()
-    # What engines on GPUs hold is bfloat16, and they refuse another type; on CPU both sides are float32.
-    dtype = torch.bfloat16 if learner.model.device.type == "cuda" else None
-    if publisher is None:
-        for _ in learner.weights(dtype):
-            pass
-    else:
-        publisher.publish(learner.weights(dtype), step)
-    return time.monotonic() - began
 
 
 class LearnerRun:
@@ -345,19 +346,26 @@ class LearnerRun:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         train = self._setup.train
-        gpus = {"GPU": train.worker_gpus} if train.worker_gpus else {}
+        place, gpus = self._setup.place, {"GPU": train.worker_gpus} if train.worker_gpus else {}
+        store = ObjectStore(self._setup.uri) if self._setup.uri else None
+        shared = (
+            self._setup.turns is not None and self._setup.turns.on_gpu
+        )  # and then the engines have asked Ray for the GPUs
         return TorchTrainer(
             train_loop,
             train_loop_config={"setup": self._setup},
-            torch_config=TorchConfig(backend="nccl" if train.worker_gpus else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if train.worker_gpus or shared else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=train.num_workers,
                 use_gpu=train.worker_gpus > 0,
-                resources_per_worker={"CPU": train.worker_cpus, **gpus},
+                resources_per_worker={"CPU": train.worker_cpus, **gpus, **place.resources},
+                placement_strategy=place.strategy.upper(),
+                label_selector=dict(place.labels) or None,
             ),
             run_config=RunConfig(
                 name=f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1_000_000:06d}",
-                storage_path=str(self._run_dir / "ray_train"),
+                storage_path=f"{store.path}/ray_train" if store else str(self._run_dir / "ray_train"),
+                storage_filesystem=store.filesystem if store else None,
                 # The buffer counts learners that begin without a step between them, and stops the run.
                 failure_config=FailureConfig(max_failures=-1),
                 worker_runtime_env={"env_vars": environment(self._setup.learner.threads)},

@@ -17,16 +17,20 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster.errors import UserError
+from cluster.fitting import misfits
 from cluster.model import ModelShape
 from cluster.rundir import storage_dir
-from cluster.sizes import GIB, gib, host_gib, needs, passing_gib, published_gib, shares
+from cluster.sizes import GIB, gib, host_gib, needs, offloaded_gib, passing_gib, published_gib, shares, trains_on_gpu
+from cluster.storage import ObjectStore, is_object_store
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
 
 
 def check_storage(storage_path: str, *, need_bytes: int = 0) -> None:
-    """Whether a run may write where it is told to, and has room."""
+    """Whether a run may write where it is told to, and has room; of an object store, that it answers."""
+    if is_object_store(storage_path):
+        ObjectStore(storage_path).check()
     path = storage_dir(storage_path)
     place = next(p for p in (path, *path.parents) if p.exists())
     if not place.is_dir():
@@ -53,7 +57,8 @@ def check_memory(config: RunConfig, shape: ModelShape, *, free_bytes: int | None
     if need <= free:
         return
     sampler, learner = shares(config, shape)
-    each = {s.actor: 0.0 if s.gpus else s.each_gib for s in (sampler, learner)}
+    each = {"sampler": 0.0 if sampler.gpus else sampler.each_gib}
+    each["learner"] = 0.0 if trains_on_gpu(config) else learner.each_gib
     beyond = need - sampler.count * each["sampler"]
     fit = 0 if sampler.gpus else int((free - beyond) // sampler.each_gib)
     mend = (
@@ -62,15 +67,17 @@ def check_memory(config: RunConfig, shape: ModelShape, *, free_bytes: int | None
         else "lower engine.kv_cache_gb, or use a machine with more memory"
     )
     published, passing = published_gib(config, shape), passing_gib(config, shape)
-    rest = need - published - passing - sum(s.count * each[s.actor] for s in (sampler, learner))
+    away = offloaded_gib(config, shape)
+    rest = need - published - passing - away - sum(s.count * each[s.actor] for s in (sampler, learner))
     parts = [
-        *(f"{s.count} x {each[s.actor]:.1f} for {s.actor}s" for s in (sampler, learner) if not s.gpus),
+        *(f"{s.count} x {each[s.actor]:.1f} for {s.actor}s" for s in (sampler, learner) if each[s.actor]),
+        *([f"{away:.1f} of learners while samplers have their GPUs"] if away else []),
         f"{published:.1f} for published weights",
         f"{passing:.1f} while learners load or save",
         f"{rest:.1f} for the rest",
     ]
     raise UserError(
-        f"not enough memory: about {need:.1f} GiB are needed{' beside the GPUs' if sampler.gpus or learner.gpus else ''} "
+        f"not enough memory: about {need:.1f} GiB are needed{' beside the GPUs' if sampler.gpus or trains_on_gpu(config) else ''} "
         f"({', '.join(parts)}), {free:.1f} GiB are free; {f'set fleet.num_engines={fit}' if fit >= 1 else mend}"
     )
 
@@ -84,21 +91,8 @@ def check_gpus(config: RunConfig, shape: ModelShape | None, *, gpus_gib: Sequenc
             f"this run asks for {wanted:g} GPUs, this machine has {len(there)}; lower fleet.num_engines and train.num_workers, "
             "or give the address of a cluster that has them (ray.address)"
         )
-    if shape is None:
-        return
-    smallest = min(there)
-    sampler, learner = shares(config, shape, smallest)
-    if learner.gpus and learner.each_gib > smallest * learner.gpus:
-        raise UserError(
-            f"a learner takes {learner.each_gib:.1f} GiB before any activations, a GPU has {smallest:.1f}; raise train.num_workers, "
-            "or use GPUs with more memory"
-        )
-    room = config.engine.gpu_memory_utilization * smallest * max(1.0, sampler.gpus)
-    if sampler.gpus and sampler.each_gib > room * 1.001:
-        raise UserError(
-            f"a sampler takes {sampler.each_gib:.1f} GiB for its weights and one sequence of {config.engine.max_model_len} tokens, "
-            f"engine.gpu_memory_utilization leaves it {room:.1f}; raise engine.tensor_parallel and fleet.num_gpus"
-        )
+    for line in misfits(config, shape, [there]) if shape is not None else ():
+        raise UserError(line)
 
 
 def machine_gpus() -> list[float]:

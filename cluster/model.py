@@ -37,7 +37,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder, from its configuration alone: near enough to judge memory."""
+    """Sizes of a decoder, from its configuration alone. Exact for the dense and sparse Qwen families, Llama and Mistral."""
 
     architecture: str
     """transformers' `model_type`."""
@@ -46,32 +46,85 @@ class ModelShape:
     """Keys and values of all layers for one token."""
     max_positions: int
     """Longest sequence; 0: the configuration does not say."""
+    num_layers: int = 0
+    hidden: int = 0
+    """Width of the residual stream."""
+    query: int = 0
+    """Width of all query heads together."""
+    key: int = 0
+    """Width of the keys of a layer, which is that of its values."""
+    num_kv_heads: int = 0
+    inner: int = 0
+    """Width within the feed-forward part, of all experts that one token goes through together."""
+    experts_per_token: int = 0
+    """0: dense."""
+    vocab: int = 0
+    tied: bool = False
+    """Whether the head is the embedding."""
+    layer_parameters: int = 0
+    """Of the largest layer."""
+    linear_in_out: tuple[tuple[str, int, int], ...] = ()
+    """(name, inputs, outputs) of the linear layers that an adapter may sit on, of one layer; those of experts are not among them."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ModelShape:
         """The shape of a `config.json`."""
         text: Mapping[str, Any] = config.get("text_config") or config
+        kind = str(text.get("model_type") or config.get("model_type") or "unknown")
 
         def number(*keys: str, default: int = 0) -> int:
             return next((text[k] for k in keys if isinstance(text.get(k), int)), default)
 
-        hidden, layers = number("hidden_size"), number("num_hidden_layers")
+        hidden, layers, vocab = number("hidden_size"), number("num_hidden_layers"), number("vocab_size")
         heads = number("num_attention_heads", default=1)
         head_dim = number("head_dim") or hidden // max(1, heads)
         kv_heads = number("num_key_value_heads", default=heads)
-        dense = 3 * hidden * number("intermediate_size", default=4 * hidden)
+        query, key = heads * head_dim, kv_heads * head_dim
+        width = number("intermediate_size", default=4 * hidden)
         experts = number("num_experts", "n_routed_experts", "num_local_experts")
-        expert = 3 * hidden * number("moe_intermediate_size", "intermediate_size")
-        sparse = experts * (expert + hidden) + 3 * hidden * number("shared_expert_intermediate_size")
+        narrow = number("moe_intermediate_size", "intermediate_size")
+        shared = number("shared_expert_intermediate_size")
+        chosen = number("num_experts_per_tok", default=1) if experts else 0
+        # The gate of a shared expert is a vector beside its three matrices.
+        sparse = experts * (3 * hidden * narrow + hidden) + 3 * hidden * shared + (hidden if shared else 0)
         every, plain = number("decoder_sparse_step", default=1) or 1, text.get("mlp_only_layers") or ()
         num_sparse = sum(bool(experts) and i not in plain and (i + 1) % every == 0 for i in range(layers))
-        attention = layers * hidden * head_dim * (2 * heads + 2 * kv_heads)
-        embeddings = number("vocab_size") * hidden * (1 if text.get("tie_word_embeddings") else 2)
+        # Biases of queries, keys and values: Qwen2 has them and its configuration does not say so.
+        biased = kind.startswith("qwen2") or bool(text.get("attention_bias"))
+        biases = (query + 2 * key if biased else 0) + (hidden if text.get("attention_bias") else 0)
+        norms = 2 * hidden + (2 * head_dim if kind.startswith("qwen3") else 0)
+        attention = hidden * (2 * query + 2 * key) + biases + norms
+        dense = 3 * hidden * width
+        tied = bool(text.get("tie_word_embeddings"))
+        linear: tuple[tuple[str, int, int], ...] = (
+            ("q_proj", hidden, query),
+            ("k_proj", hidden, key),
+            ("v_proj", hidden, key),
+            ("o_proj", query, hidden),
+        )
+        if not experts:
+            linear += (("gate_proj", hidden, width), ("up_proj", hidden, width), ("down_proj", width, hidden))
         return cls(
-            str(config.get("model_type") or "unknown"),
-            attention + num_sparse * sparse + (layers - num_sparse) * dense + embeddings,
-            2 * layers * kv_heads * head_dim,
+            kind,
+            layers * attention
+            + num_sparse * sparse
+            + (layers - num_sparse) * dense
+            + vocab * hidden * (2 - tied)
+            + hidden,
+            2 * layers * key,
             number("max_position_embeddings"),
+            num_layers=layers,
+            hidden=hidden,
+            query=query,
+            key=key,
+            num_kv_heads=kv_heads,
+            inner=max(chosen * narrow + shared if num_sparse else 0, width if num_sparse < layers else 0),
+            experts_per_token=chosen if num_sparse else 0,
+            vocab=vocab,
+            tied=tied,
+            layer_parameters=attention
+            + (max(sparse, dense) if 0 < num_sparse < layers else sparse if num_sparse else dense),
+            linear_in_out=linear,
         )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError, is_expected, one_line
+from cluster.layout import check_layout
 from cluster.machine import check_endpoint as check_endpoint
 from cluster.machine import check_gpus, check_memory, check_port, check_ray, check_storage
 from cluster.machine import free_memory as free_memory
@@ -31,6 +32,7 @@ from cluster.sizes import CPU_KV_GIB, checkpoints_gib, gib, kv_bytes_per_token
 from cluster.sizes import ENGINE_GIB as ENGINE_GIB
 from cluster.sizes import GIB as GIB
 from cluster.sizes import needs as needs
+from cluster.storage import is_object_store
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
@@ -64,10 +66,11 @@ def checks(config: RunConfig) -> Iterator[Check]:
     """Every check of a run, the cheap ones first; what another check needs in order to make sense is asked for here."""
     sections = (
         config.reward, config.judge, config.sampling, config.advantage, config.learner, config.buffer, config.fleet, config.rollout,
-        config.train, config.shaper, config.mask, config.monitor,
+        config.train, config.shaper, config.mask, config.monitor, config.placement, config.layout,
     )  # fmt: skip
     yield from (partial(check_section, section) for section in sections)
     yield partial(check_settings, config)
+    yield partial(check_layout, config)
     model = resolve(config.model.path)
     yield partial(check_policy, config, model)
     if (config.model.path and model.is_dir()) or config.model.tokenizer:
@@ -189,6 +192,15 @@ def check_settings(config: RunConfig) -> None:
             f"learner.critic.kind={critic} and advantage.name={advantage.name} do not go together: a critic makes the advantages of gae, "
             "and no others; set learner.critic.kind to head or model for gae, else to none"
         )
+    if config.learner.lora.publish == "adapter" and not config.replay:
+        raise UserError(
+            "learner.lora.publish=adapter: the engines of a run are not sent adapters alone yet; set it to merged"
+        )
+    together, ranks = config.learner.context_parallel, config.train.num_workers
+    if together > 0 and ranks % together:
+        raise UserError(
+            f"learner.context_parallel={together} does not divide train.num_workers={ranks}; set train.num_workers to a multiple of it"
+        )
     asked = {config.reward.name, *config.reward.combine.rewards} & NEEDS_LLM
     if asked and config.judge.kind == "rule":
         raise UserError(f"reward {min(asked)} needs an LLM: set judge.kind to chat or vllm")
@@ -209,6 +221,16 @@ def check_settings(config: RunConfig) -> None:
             f"sampling.max_context={config.sampling.max_context} is more than the engines take; "
             f"set engine.max_model_len to {config.sampling.max_context} or more"
         )
+    if is_object_store(config.storage_path):
+        for key, given in (
+            ("learner.sharded_checkpoints", config.learner.sharded_checkpoints and config.train.num_workers > 1),
+            ("sandbox.journal.record", config.sandbox.journal.record and not config.sandbox.journal.folder),
+        ):
+            if given:
+                raise UserError(
+                    f"{key} writes from several nodes into one folder, which storage_path={config.storage_path} is not; set it to false, or "
+                    "give a folder that all nodes share"
+                )
     gpus, devices = config.fleet.num_gpus, config.engine.tensor_parallel
     if gpus and gpus != devices and (gpus > 1 or devices > 1):
         raise UserError(

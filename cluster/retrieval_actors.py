@@ -2,7 +2,8 @@
 
 Everything may stand inside the router, or query encoders, index shards and document stores are actors of their own
 (`retrieval.service.Topology`). None holds more than open files, so Ray starts them again whenever they die. Invariants: whoever comes
-back opens the index that its run began with, or refuses; `ready` answers after a query of its own.
+back opens the index that its run began with, or refuses; `ready` answers after a query of its own; on several nodes each that serves an
+index has one copy of it (`cluster.nodecache`), which its processes map together.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from agents.types import BackendInfo, Document, Query
+from cluster.nodecache import at_hand
+from cluster.placement import Seats
 from cluster.replicas import Packed, PlainHits, Replicas, as_retrieval_error, pack
 from cluster.runtime import actor, sealed, unsealed
 from cluster.watchdog import Pulse, pulse_of
@@ -53,7 +56,7 @@ _LOAD_S = 1.0
 
 def opened(config: BackendConfig, directory: str, index: str) -> IndexFolder:
     """The index folder, which must be `index` still: with another one under half of the actors, hits would be nonsense."""
-    folder = IndexFolder(config, directory)
+    folder = IndexFolder(config, at_hand(directory))
     found = digest(asdict(folder.manifest))
     if index and found != index:
         raise IndexMismatch(
@@ -169,7 +172,7 @@ class Retrieval:
     ) -> None:  # fmt: skip
         leans_on: Mapping[str, Sequence[Any]] = unsealed(handles) or {}
         parts = Parts(opened(backend, directory, index), leans_on, service.topology.slow_s) if index else None
-        self._service = SearchService(open_backend(backend, directory, parts), service)
+        self._service = SearchService(open_backend(backend, at_hand(directory), parts), service)
         self._parts = {f"{name}.{i}": h for name, found in leans_on.items() for i, h in enumerate(found)}
         self._born = time.time()
         self._well = False
@@ -239,10 +242,32 @@ def shard_name(leg: str, number: int) -> str:
 
 def place(backend: BackendConfig, service: ServiceConfig, directory: str) -> tuple[Any, dict[str, Any]]:
     """Starts the router, and before it what it leans on; returns its handle and those of the others by name."""
+    new_router, others = arrange(backend, service, directory)
+    return new_router(), others
+
+
+def num_shards(backend: BackendConfig, service: ServiceConfig, directory: str) -> int:
+    """How many shards of an index would be actors of their own, were there one replica of each."""
+    if not service.topology.shard_replicas or not (backend.kind == "auto" or legs_of(backend)):
+        return 0
+    folder = IndexFolder(backend, at_hand(directory))
+    return sum(len(folder.manifest.legs[leg].shards) for leg in folder.legs if leg in ENGINES)
+
+
+def arrange(
+    backend: BackendConfig, service: ServiceConfig, directory: str, seats: Seats | None = None
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Starts what routers lean on; returns a way to start a router, with options for its actor, and the handles of the others by name."""
     t = service.topology
     if backend.kind != "auto" and not legs_of(backend):  # a server elsewhere
-        return actor(Retrieval, **LASTING).remote(backend, service, directory), {}
-    folder = IndexFolder(backend, directory)
+        return lambda **options: actor(Retrieval, **LASTING, **options).remote(backend, service, directory), {}
+    sitting = {name: iter(seats.of(name) if seats else ()) for name in ("encoder", "store", "shard")}
+
+    def started(name: str, cls: type, *arguments: Any, **options: Any) -> Any:
+        seat = next(sitting[name], None)
+        return actor(cls, **{**REPLICA, **options, **(seat.options if seat else {})}).remote(*arguments)
+
+    folder = IndexFolder(backend, at_hand(directory))
     index = digest(asdict(folder.manifest))
     threads: dict[str, Any] = {}
     if t.threads > 1:  # all actors have 1
@@ -250,16 +275,18 @@ def place(backend: BackendConfig, service: ServiceConfig, directory: str) -> tup
         threads = {"runtime_env": {"env_vars": variables}}
     handles: dict[str, list[Any]] = {}
     if t.encoders and folder.manifest.encoder:
-        made = actor(QueryEncoder, num_gpus=t.encoder_gpus, **REPLICA, **threads)
-        handles["encoder"] = [made.remote(backend, directory, index, service) for _ in range(t.encoders)]
+        handles["encoder"] = [
+            started("encoder", QueryEncoder, backend, directory, index, service, num_gpus=t.encoder_gpus, **threads)
+            for _ in range(t.encoders)
+        ]
     if t.stores:
-        handles["store"] = [actor(PageStore, **REPLICA).remote(backend, directory, index) for _ in range(t.stores)]
+        handles["store"] = [started("store", PageStore, backend, directory, index) for _ in range(t.stores)]
     for leg in [leg for leg in folder.legs if t.shard_replicas and leg in ENGINES]:
         for number in range(len(folder.manifest.legs[leg].shards)):
-            made = actor(IndexShard, num_gpus=t.shard_gpus, **REPLICA, **threads)
+            part = (backend, directory, index, leg, number, service.concurrency)
             handles[shard_name(leg, number)] = [
-                made.remote(backend, directory, index, leg, number, service.concurrency)
-                for _ in range(t.shard_replicas)
+                started("shard", IndexShard, *part, num_gpus=t.shard_gpus, **threads) for _ in range(t.shard_replicas)
             ]
-    router = actor(Retrieval, **LASTING).remote(backend, service, directory, index, sealed(handles))
-    return router, {f"{name}.{i}": handle for name, found in handles.items() for i, handle in enumerate(found)}
+    others = {f"{name}.{i}": handle for name, found in handles.items() for i, handle in enumerate(found)}
+    arguments = (backend, service, directory, index, sealed(handles))
+    return lambda **options: actor(Retrieval, **LASTING, **options).remote(*arguments), others

@@ -61,7 +61,7 @@ class RolloutConfig:
     generate_retries: int = 3
     """How often a policy turn is asked again after its engine failed."""
     generate_timeout_s: float = 600.0
-    """Deadline of one policy turn."""
+    """Deadline of one policy turn; what engines sleep meanwhile, while a learner has their GPU, is added."""
     score_timeout_s: float = 1500.0
     """Deadline of scoring one group. It holds all judgements that wait for one another (CaRR: up to 4), each of `judge.deadline_s`."""
     search_timeout_s: float = 120.0
@@ -113,8 +113,7 @@ class RemotePolicy:
             )
             try:
                 with self._waits(f"a policy turn of {session} from {name}"):
-                    async with asyncio.timeout(self._config.generate_timeout_s):
-                        return await asked
+                    return await self._answer(asked)
             except asyncio.CancelledError:
                 ray.cancel(asked)  # nobody wants it any more: the engine need not finish it
                 raise
@@ -129,6 +128,22 @@ class RemotePolicy:
                 self._routes.pop(session, None)
                 await self._fleet.report.remote(name, one_line(error))
         raise PolicyFailed(f"a policy turn of {session} failed: {one_line(error) if error else 'no engine'}")
+
+    async def _answer(self, asked: Any) -> Generation:
+        """A turn within `generate_timeout_s`, of which the time that engines slept for a learner does not count. Raises TimeoutError."""
+        limit_s, began = self._config.generate_timeout_s, time.time()
+        answer, left_s = asyncio.ensure_future(asked), limit_s
+        try:
+            while not (await asyncio.wait({answer}, timeout=left_s))[0]:
+                slept_s = 0.0
+                with contextlib.suppress(ray.exceptions.RayError):
+                    slept_s = await self._fleet.slept_s.remote(began)
+                left_s = limit_s + slept_s - (time.time() - began)
+                if left_s <= 0:
+                    raise TimeoutError
+            return answer.result()
+        finally:
+            answer.cancel()
 
     async def _route(self, session: str) -> tuple[str, Any]:
         if session not in self._routes:

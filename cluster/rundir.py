@@ -1,7 +1,8 @@
 """A run's folder, and the folder in memory for the weights it publishes.
 
 Invariants: a run never writes over another: an older folder of the same name steps aside under its date, unless the run goes
-on with it (`resume=`). The segment folder is removed when the run ends, however it ends.
+on with it (`resume=`). The segment folder is removed when the run ends, however it ends. Where storage is an object store
+(`storage_path` is a URI), the run's folder is on the driver's machine, and `cluster.mirror` copies it there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +26,9 @@ from agents.report.timeline import trajectory_row
 from agents.types import Group, Task
 from cluster.config import as_saved, load_saved, save_resolved
 from cluster.errors import UserError
+from cluster.mirror import fetch, holds, mirrored
+from cluster.storage import folder_path, is_object_store, join
+from retrieval.manifest import digest
 
 WHOLE_TRAJECTORIES = 12
 CONFIG = "config.yaml"
@@ -31,15 +36,13 @@ _SEGMENTS = "gumshoe-weights-"
 
 
 def storage_dir(storage_path: str) -> Path:
-    """`storage_path` as a folder. Raises UserError for what cannot be one.
+    """`storage_path` as a folder; of an object store, the folder on this machine where its runs are while they run.
 
     A job's working directory is a temporary copy that Ray removes, so a relative path in a job lies below the home folder.
     """
-    if "://" in storage_path:
-        raise UserError(
-            f"storage_path {storage_path} is a URI, which is not supported yet; give a folder that all nodes share"
-        )
-    path = Path(storage_path).expanduser()
+    if is_object_store(storage_path):
+        return Path.home() / ".cache" / "gumshoe" / "storage" / digest(storage_path.rstrip("/"))[:16]
+    path = folder_path(storage_path)
     if not path.is_absolute() and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         return Path.home() / "gumshoe" / path
     return path.absolute()
@@ -54,6 +57,8 @@ class RunFolder:
     """There is something to go on from."""
     lines: tuple[str, ...] = ()
     """What a person should know about the resumption."""
+    uri: str = ""
+    """Where it is copied to; empty where storage is a folder."""
 
     @property
     def checkpoints(self) -> Path:
@@ -80,6 +85,7 @@ def open_run(config: Any) -> Iterator[RunFolder]:
     Raises UserError when it is in use, when there is nothing to resume, or when the config does not fit what is there.
     """
     storage, run_dir, resumed = find_run(config)
+    uri = run_uri(config.storage_path, run_dir.name)
     storage.mkdir(parents=True, exist_ok=True)
     with open(storage / f".{run_dir.name}.lock", "w") as lock:
         try:
@@ -89,6 +95,12 @@ def open_run(config: Any) -> Iterator[RunFolder]:
                 f"run {run_dir.name!r} is going on in {storage}; wait for it, or give this one another name="
             ) from None
         lines: list[str] = []
+        if uri and resumed:
+            fetch(uri, run_dir)
+        elif uri and holds(uri, CONFIG):
+            raise UserError(
+                f"run {run_dir.name!r} is in {config.storage_path} already; go on with it by resume={run_dir.name}, or give another name="
+            )
         if resumed:
             lines = _compare(config, run_dir)
         elif run_dir.exists() and any(run_dir.iterdir()):
@@ -101,7 +113,13 @@ def open_run(config: Any) -> Iterator[RunFolder]:
             shutil.copyfile(run_dir / CONFIG, run_dir / f"config-until-{stamp}.yaml")  # there is always one
         if lines or not resumed:
             save_resolved(config, run_dir / CONFIG)
-        yield RunFolder(run_dir, resumed, tuple(lines))
+        with mirrored(run_dir, uri) if uri else contextlib.nullcontext():
+            yield RunFolder(run_dir, resumed, tuple(lines), uri)
+
+
+def run_uri(storage_path: str, name: str) -> str:
+    """Where a run is copied to; empty where storage is a folder."""
+    return join(storage_path, name) if is_object_store(storage_path) else ""
 
 
 def find_run(config: Any) -> tuple[Path, Path, bool]:
@@ -112,9 +130,11 @@ def find_run(config: Any) -> tuple[Path, Path, bool]:
         return storage, storage / config.name, False
     if wanted == "auto":
         folder = storage / config.name
-        return storage, folder, (folder / CONFIG).is_file()
+        return storage, folder, _is_there(config.storage_path, folder)
     folder = storage / wanted
-    if not (folder / CONFIG).is_file() and (Path(wanted).expanduser() / CONFIG).is_file():
+    if _is_there(config.storage_path, folder):
+        return storage, folder, True
+    if (Path(wanted).expanduser() / CONFIG).is_file():
         folder = Path(wanted).expanduser().absolute()
     if not (folder / CONFIG).is_file():
         there = sorted(p.parent.name for p in storage.glob(f"*/{CONFIG}")) if storage.is_dir() else []
@@ -147,6 +167,12 @@ def _compare(config: Any, run_dir: Path) -> list[str]:
     return [f"resumed with {key} {now[key]!r} (was {before[key]!r})" for key in changed]
 
 
+def _is_there(storage_path: str, folder: Path) -> bool:
+    """Whether there is a run, in an object store or on this machine."""
+    uri = run_uri(storage_path, folder.name)
+    return (folder / CONFIG).is_file() or bool(uri and holds(uri, CONFIG))
+
+
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested values by dotted key."""
     if isinstance(values, dict) and values:
@@ -162,11 +188,12 @@ def segment_dir() -> Iterator[str]:
     """
     memory = Path("/dev/shm")
     parent = memory if memory.is_dir() else Path(tempfile.gettempdir())
-    for left in parent.glob(f"{_SEGMENTS}*-*"):
+    here = digest(socket.gethostname())[:8]  # a learner on another machine writes to a folder of the same name there
+    for left in parent.glob(f"{_SEGMENTS}*-{here}-*"):
         owner = left.name.removeprefix(_SEGMENTS).split("-")[0]
         if owner.isdigit() and not _alive(int(owner)):
             shutil.rmtree(left, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix=f"{_SEGMENTS}{os.getpid()}-", dir=parent)
+    folder = tempfile.mkdtemp(prefix=f"{_SEGMENTS}{os.getpid()}-{here}-", dir=parent)
     try:
         yield folder
     finally:

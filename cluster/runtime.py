@@ -39,6 +39,8 @@ class RayConfig:
     """Port of that dashboard."""
     log_to_driver: bool = False
     """Print what workers print."""
+    wait_s: float = 60.0
+    """How long a run waits until the cluster it joins has room for it, or nodes have joined, before it says what is lacking."""
 
 
 FATE = {"gcs_rpc_server_reconnect_timeout_s": 5}
@@ -69,6 +71,7 @@ def ray_session(config: RayConfig, needs: Mapping[str, float] | None = None) -> 
     import ray
 
     joined, needs = joined_address(config), needs or {}
+    job = bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
     if ray.is_initialized():
         yield ray
         return
@@ -77,6 +80,8 @@ def ray_session(config: RayConfig, needs: Mapping[str, float] | None = None) -> 
     try:
         if joined:
             variables["env_vars"] = _beside_the_jobs(variables["env_vars"])
+            if not job:
+                variables |= checkout()
             ray.init(address=joined, runtime_env=variables, **quiet)
         else:
             variables["worker_process_setup_hook"] = "cluster.runtime.end_with_parent"
@@ -95,25 +100,44 @@ def ray_session(config: RayConfig, needs: Mapping[str, float] | None = None) -> 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # else Ray's own handler ends the process with a stack trace
     try:
-        there = ray.cluster_resources()
-        for kind, amount in needs.items():
-            if amount > there.get(kind, 0):
-                raise RayUnreachable(
-                    f"this run asks Ray for {amount:g} {kind}, the cluster has {there.get(kind, 0):g}; "
-                    "lower fleet.num_engines, fleet.num_cpus or train.num_workers, or add nodes"
-                )
+        _await_resources(needs, config.wait_s if joined else 0.0)
         yield ray
     finally:
         ray.shutdown()
 
 
+def _await_resources(needs: Mapping[str, float], wait_s: float) -> None:
+    """Returns once the cluster has as much in sum. Raises RayUnreachable when the time is up: how it is cut, `cluster.placement` knows."""
+    import ray
+
+    deadline = time.monotonic() + wait_s
+    while True:
+        there = ray.cluster_resources()
+        short = next((kind for kind, amount in needs.items() if amount > there.get(kind, 0)), "")
+        if not short:
+            return
+        if time.monotonic() >= deadline:
+            waited = f" after ray.wait_s={wait_s:g}" if wait_s else ""
+            raise RayUnreachable(
+                f"this run asks Ray for {needs[short]:g} {short}, the cluster has {there.get(short, 0):g}{waited}; "
+                "lower fleet.num_engines, fleet.num_cpus or train.num_workers, or add nodes"
+            )
+        time.sleep(1.0)
+
+
+def checkout() -> dict[str, str]:
+    """The part of a runtime environment by which every node gets this code: the upload of a job, from here."""
+    from cluster.submit import ROOT, check_upload, upload_files, upload_limit
+
+    check_upload(upload_files(ROOT), upload_limit(), quiet=True)
+    return {"working_dir": str(ROOT)}
+
+
 def _beside_the_jobs(variables: dict[str, str]) -> dict[str, str]:
     """`variables` without what a submitted job has set already, which Ray does not let us set again, and without
-    PYTHONPATH: a job's working directory carries the code, and paths of this machine mean nothing elsewhere."""
+    PYTHONPATH: the working directory carries the code, and paths of this machine mean nothing elsewhere."""
     job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    if not job:
-        return variables
-    taken = (json.loads(job).get("runtime_env") or {}).get("env_vars") or {}
+    taken = (json.loads(job).get("runtime_env") or {}).get("env_vars") or {} if job else {}
     return {k: v for k, v in variables.items() if k != "PYTHONPATH" and k not in taken}
 
 

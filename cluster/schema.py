@@ -11,8 +11,10 @@ from agents.protocols.tools import ToolsConfig
 from agents.sampling.config import SamplingConfig
 from cluster.buffer import BufferConfig
 from cluster.fleet import FleetConfig
+from cluster.layout import LayoutConfig
 from cluster.learner import TrainConfig
 from cluster.model import ModelConfig
+from cluster.placement import PlacementConfig
 from cluster.rollout import RolloutConfig
 from cluster.runtime import RayConfig
 from cluster.vllm.engine import EngineConfig
@@ -92,6 +94,10 @@ class RunConfig:
     """How long, and what on the way."""
     ray: RayConfig = field(default_factory=RayConfig)
     """Which Ray."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Who sits on which nodes."""
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """How samplers and learners share the GPUs."""
     watch: WatchConfig = field(default_factory=WatchConfig)
     """When an actor counts as stuck."""
     resume: str = ""

@@ -1,7 +1,7 @@
 """What a run takes: processes, Ray's CPUs and GPUs, memory and disk, from its configuration and the sizes of its policy.
 
-The only place for these numbers. Invariants: plain arithmetic, nothing is read or started; estimates are rounded up, and
-what is not counted (activations, the index of a large corpus) is said where they are shown.
+The only place for these numbers, with `cluster.memory`, which counts what one process holds. Invariants: plain arithmetic,
+nothing is read or started; estimates are rounded up, and what is not counted (the index of a large corpus) is said where they are shown.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cluster.memory import GIB as GIB
+from cluster.memory import PROCESS_GIB, LearnerBytes, engine_bytes, largest_tensor, learner_bytes, total
 from cluster.model import ModelShape
 from retrieval.config import legs_of
 
@@ -17,15 +19,12 @@ if TYPE_CHECKING:
     from cluster.schema import RunConfig
     from cluster.vllm.options import EngineConfig
 
-GIB = 1 << 30
 ENGINE_GIB = 1.2
 """What a sampler's processes hold besides weights and cache (measured on CPU, rounded up)."""
 LEARNER_GIB = 0.5
-"""What a learner process holds besides weights, gradients and moments."""
+"""What a learner process holds besides tensors, on CPU or beside its GPU."""
 BASE_GIB = 2.0
 """Ray, the driver, a rollout worker and the retrieval actor together, without the object store."""
-TRAIN_BYTES_PER_PARAMETER = 16
-"""float32 weights, gradients and two moments."""
 SAVED_BYTES_PER_PARAMETER = 12
 """float32 weights and two moments: what a checkpoint takes on disk, and at most in memory while it is written."""
 CPU_KV_GIB = 0.5
@@ -49,12 +48,13 @@ class Share:
 
 
 def needs(config: RunConfig) -> dict[str, float]:
-    """What a run's actors ask Ray for, by resource."""
+    """What a run's actors ask Ray for before it can begin, by resource."""
     fleet, train = config.fleet, config.train
+    engines = fleet.min_engines or fleet.num_engines
     wanted = {
-        "CPU": fleet.num_engines * fleet.num_cpus + train.num_workers * train.worker_cpus,
-        "GPU": fleet.num_engines * fleet.num_gpus
-        + train.num_workers * train.worker_gpus
+        "CPU": engines * fleet.num_cpus + train.num_workers * train.worker_cpus,
+        "GPU": engines * fleet.num_gpus
+        + train.num_workers * train.worker_gpus * (not shares_gpus(config))
         + _retrieval_gpus(config)
         + _judge_gpus(config),
     }
@@ -85,36 +85,45 @@ def _judge_gpus(config: RunConfig | EvalConfig) -> float:
 def shares(config: RunConfig, shape: ModelShape, gpu_gib: float | None = None) -> tuple[Share, Share]:
     """Samplers and learners. `gpu_gib`: memory of one GPU, of which an engine takes its share; None: not known."""
     fleet, train, engine = config.fleet, config.train, config.engine
-    weights = gib(shape.num_parameters * itemsize(engine, on_cpu=not fleet.num_gpus))
-    one = gib(kv_bytes_per_token(engine, shape, on_cpu=not fleet.num_gpus) * engine.max_model_len)
-    if not fleet.num_gpus:
+    devices, on_cpu = engine.tensor_parallel, not fleet.num_gpus
+    one = gib(kv_bytes_per_token(engine, shape, on_cpu=on_cpu) * engine.max_model_len)
+    if on_cpu:
+        weights = gib(shape.num_parameters * itemsize(engine, on_cpu=True))
         cache = CPU_KV_GIB if engine.kv_cache_gb is None else engine.kv_cache_gb
-        sampler = {"weights": weights, "KV cache": cache * engine.tensor_parallel, "the engine itself": ENGINE_GIB}
-    elif engine.kv_cache_gb is not None:
-        sampler = {"weights": weights, "KV cache": engine.kv_cache_gb * engine.tensor_parallel}
-    elif gpu_gib is not None:
-        room = engine.gpu_memory_utilization * gpu_gib * engine.tensor_parallel
-        sampler = {"weights": weights, "KV cache": max(one, room - weights)}
+        sampler = {"weights": weights, "KV cache": cache * devices, "the engine itself": ENGINE_GIB}
     else:
-        sampler = {"weights": weights, "KV cache, at least": one}
-    whole = gib(4 * shape.num_parameters)
-    adapters = config.learner.lora.rank > 0
-    trained = whole if adapters else gib(TRAIN_BYTES_PER_PARAMETER * shape.num_parameters)
-    ranks = max(1, train.num_workers)
-    name = "weights" if adapters else "weights, gradients, moments"
-    learner = {name: trained / ranks}
-    if config.learner.critic.kind == "model":
-        learner["value model"] = trained / ranks
-    if ranks > 1 and whole > sum(learner.values()):  # every rank reads a whole model before it is sharded
-        learner = {"all weights while it loads": whole}
-    if config.learner.loss.kl_coef > 0:
-        learner["reference"] = whole
-    if not train.worker_gpus:
-        learner["the process itself"] = LEARNER_GIB
+        parts = engine_bytes(engine, shape, itemsize(engine, on_cpu=False))
+        sampler = {name: devices * gib(size) for name, size in parts.items()}
+        if engine.kv_cache_gb is not None:
+            sampler["KV cache"] = engine.kv_cache_gb * devices
+        elif gpu_gib is not None:
+            room = engine.gpu_memory_utilization * gpu_gib * devices
+            sampler["KV cache"] = max(one, room - sum(sampler.values()))
+        else:
+            sampler["KV cache, at least"] = one
+    learner = {name: gib(size) for name, size in learner_of(config, shape).training.items()}
+    learner["the process itself"] = PROCESS_GIB if trains_on_gpu(config) else LEARNER_GIB
     return (
         Share("sampler", fleet.num_engines, fleet.num_cpus, fleet.num_gpus, sampler),
         Share("learner", train.num_workers, train.worker_cpus, train.worker_gpus, learner),
     )
+
+
+def learner_of(config: RunConfig, shape: ModelShape) -> LearnerBytes:
+    """What one learner process holds. A sequence beyond the budget of a pass is a pass of its own."""
+    tokens = max(config.learner.max_tokens_per_microbatch, config.sampling.max_context)
+    ranks = config.train.num_workers
+    return learner_bytes(config.learner, shape, ranks=ranks, tokens=tokens, on_gpu=trains_on_gpu(config))
+
+
+def shares_gpus(config: RunConfig) -> bool:
+    """Whether learners and samplers take turns on the same GPUs."""
+    return bool(config.layout.kind == "collocated" and config.fleet.num_engines and config.fleet.num_gpus)
+
+
+def trains_on_gpu(config: RunConfig) -> bool:
+    """Whether learners have GPUs: of their own, or the samplers' in turns."""
+    return bool(config.train.worker_gpus) or shares_gpus(config)
 
 
 def published_gib(config: RunConfig, shape: ModelShape) -> float:
@@ -124,10 +133,19 @@ def published_gib(config: RunConfig, shape: ModelShape) -> float:
 
 def host_gib(config: RunConfig, shape: ModelShape) -> float:
     """Memory of the machine that a run on one machine takes, its shared memory included: what is on GPUs is not in it."""
-    both = shares(config, shape)
-    here = sum(s.count * s.each_gib for s in both if not s.gpus)
-    beside = sum(s.count * (ENGINE_GIB if s.actor == "sampler" else LEARNER_GIB) for s in both if s.gpus)
-    return here + beside + published_gib(config, shape) + passing_gib(config, shape) + rest_gib(config)
+    sampler, learner = shares(config, shape)
+    here = 0.0 if sampler.gpus else sampler.count * sampler.each_gib
+    here += sampler.count * ENGINE_GIB if sampler.gpus else 0.0
+    here += learner.count * (LEARNER_GIB if trains_on_gpu(config) else learner.each_gib)
+    there = offloaded_gib(config, shape) + published_gib(config, shape) + passing_gib(config, shape)
+    return here + there + rest_gib(config)
+
+
+def offloaded_gib(config: RunConfig, shape: ModelShape) -> float:
+    """What learners on shared GPUs put into the machine's memory while samplers have these."""
+    if not (shares_gpus(config) and config.layout.offload):
+        return 0.0
+    return config.train.num_workers * gib(total(learner_of(config, shape).kept))
 
 
 def passing_gib(config: RunConfig, shape: ModelShape) -> float:
@@ -136,8 +154,11 @@ def passing_gib(config: RunConfig, shape: ModelShape) -> float:
 
 
 def loading_gib(config: RunConfig, shape: ModelShape) -> float:
-    """Learners on GPUs read the whole model into the machine's memory first, all at once; those on CPUs keep it there."""
-    return gib(4 * shape.num_parameters) * config.train.num_workers if config.train.worker_gpus else 0.0
+    """On the way to GPUs: one learner reads the whole model into the machine's memory, each of several its part, tensor by tensor."""
+    if not trains_on_gpu(config):
+        return 0.0
+    ranks = config.train.num_workers
+    return gib(4 * shape.num_parameters) if ranks == 1 else ranks * gib(4 * largest_tensor(shape))
 
 
 def rest_gib(config: RunConfig) -> float:

@@ -129,11 +129,12 @@ def upload_limit() -> int:
     return int(min(request, packaging.GCS_STORAGE_MAX_SIZE))
 
 
-def check_upload(files: Sequence[tuple[str, int]], limit: int) -> None:
-    """Print what will be sent; raise UserError above the limit, with the largest files by name."""
+def check_upload(files: Sequence[tuple[str, int]], limit: int, *, quiet: bool = False) -> None:
+    """Print what will be sent, unless `quiet`; raise UserError above the limit, with the largest files by name."""
     # Ray packs without compression; a zip file adds some 120 bytes and twice the name per file
     size = sum(s + 120 + 2 * len(name) for name, s in files)
-    print(f"upload: {len(files)} files, {size / MIB:.1f} MiB (limit {limit / MIB:.0f} MiB)", flush=True)
+    if not quiet:
+        print(f"upload: {len(files)} files, {size / MIB:.1f} MiB (limit {limit / MIB:.0f} MiB)", flush=True)
     if size < limit:
         return
     largest = ", ".join(f"{n} ({s / MIB:.0f} MiB)" for n, s in sorted(files, key=lambda f: -f[1])[:3])

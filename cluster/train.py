@@ -17,6 +17,7 @@ from cluster.actors import placed
 from cluster.buffer import BufferSetup
 from cluster.evaluate import Evaluation, success
 from cluster.journal import close_books
+from cluster.layout import arranged, turns_of
 from cluster.learner import LearnerRun, Setup, TrainConfig
 from cluster.model import prepare_model
 from cluster.preflight import needs, preflight
@@ -34,6 +35,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         from cluster.replay import run_replay
 
         return run_replay(config)
+    config = arranged(config)
     preflight(config)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(open_run(config))
@@ -72,7 +74,10 @@ def run(config: RunConfig) -> dict[str, Any]:
             )  # fmt: skip
             actors.open_buffer(setup)
             learner = LearnerRun(
-                Setup(model, config.train, config.learner, actors.buffer, actors.fleet, segments, str(folder.checkpoints)),
+                Setup(
+                    actors.model, config.train, config.learner, actors.buffer, actors.fleet, segments, str(folder.checkpoints), turns_of(config),
+                    config.placement.learner, folder.uri,
+                ),
                 run_dir,
             )  # fmt: skip
             watch(
@@ -148,7 +153,10 @@ def ends_at(config: RunConfig, folder: RunFolder) -> float:
 def newest(folder: RunFolder) -> str:
     """The newest checkpoint's folder."""
     from agents.learning.checkpoint import checkpoints
+    from cluster.mirror import newest_checkpoint
 
+    if folder.uri:
+        return newest_checkpoint(f"{folder.uri}/checkpoints")
     return str(next(reversed(checkpoints(folder.checkpoints)), ""))
 
 

@@ -20,7 +20,12 @@ TRAIN_PER_LIST, TRAIN_LEAST = 64, 1 << 16
 """Vectors that training reads per list of an IVF index, and of any index that trains."""
 _GOOD_PER_LIST = 39
 """Below this many vectors per centroid FAISS calls its clusters poor."""
-_GPU_SCRATCH = 1 << 30
+_GPU_SCRATCH = 3 << 29
+"""Working memory that FAISS reserves on a card of more than 8 GB (its `StandardGpuResources`)."""
+_GPU_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
+"""Codes per vector that FAISS has GPU kernels for, of 8 bits each (its `IVFPQ::isSupportedPQCodeLength`)."""
+_GPU_NPROBE = 2048
+_GPU_KINDS = re.compile(r"(?:(?:OPQ|PCA[RW]?|ITQ|RR)[\d_]*,)*(?:Flat|IVF\d+k?,(?:Flat|SQ(?:4|8|fp16)|PQ\d+(?:x\d+)?))")
 _RUNTIME: dict[str, Any] = {"runtime": True}
 
 
@@ -103,6 +108,24 @@ def factory(config: FaissConfig, num_rows: int, dim: int) -> str:
         if config.index == "ivf_pq" and dim % int(codes_text):
             raise RetrievalError(f"faiss.pq_m is {codes_text}; it must divide the {dim} dimensions of the vectors")
     return string
+
+
+def check_gpu(config: FaissConfig, string: str, dim: int) -> None:
+    """Raises RetrievalError for an index of which FAISS has no version for GPUs: some it would leave on the CPU without a word."""
+    if not _GPU_KINDS.fullmatch(string):
+        raise RetrievalError(
+            f"faiss.index {string} cannot be searched on a GPU; set faiss.device to cpu, or faiss.index to flat (half precision there), "
+            "ivf_flat or ivf_pq"
+        )
+    for codes_text, bits in _codes(string):
+        if bits != 8 or int(codes_text) not in _GPU_CODES:
+            fewer = max(m for m in _GPU_CODES if m <= int(codes_text) and dim % m == 0)
+            raise RetrievalError(
+                f"faiss.index {string} cannot be searched on a GPU, which knows 8-bit codes, {', '.join(map(str, _GPU_CODES))} per vector; "
+                f"build it with faiss.pq_bits=8 and faiss.pq_m={fewer}, or set faiss.device to cpu"
+            )
+    if num_lists(string) and config.nprobe > _GPU_NPROBE:
+        raise RetrievalError(f"faiss.nprobe is {config.nprobe}; on a GPU it is at most {_GPU_NPROBE}")
 
 
 def smaller(config: FaissConfig, num_rows: int, dim: int, rows: int) -> tuple[FaissConfig, int, float]:

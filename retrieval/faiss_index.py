@@ -22,7 +22,7 @@ import numpy as np
 
 from retrieval.engine import Found, Queries
 from retrieval.errors import IndexMismatch, RetrievalError
-from retrieval.faiss_config import TRAIN_LEAST, TRAIN_PER_LIST, FaissConfig, built, factory, num_lists
+from retrieval.faiss_config import TRAIN_LEAST, TRAIN_PER_LIST, FaissConfig, built, check_gpu, factory, num_lists
 
 try:
     import faiss
@@ -62,6 +62,7 @@ class FaissEngine:
 
     def to_gpus(self) -> None:
         """Searches there from now on. Raises RetrievalError when there are none."""
+        check_gpu(self._config, self._facts["factory"], self.dim)
         self._gpu = _on_gpus(self._index, self._vectors_ND, self.dim)
 
     def search(self, queries: Queries, k: int) -> list[Found]:
@@ -140,8 +141,11 @@ class FaissEngine:
 
 
 def check(config: FaissConfig, num_rows: int, dim: int) -> None:
-    """Raises RetrievalError for an index that FAISS does not know, or not of that size. What only its training shows comes later."""
+    """Raises RetrievalError for an index that FAISS does not know, or not of that size, or not where it is to be searched. What only
+    its training shows comes later."""
     string = factory(config, num_rows, dim)
+    if config.device == "gpu":
+        check_gpu(config, string, dim)
     if string != "Flat":
         _empty(string, num_rows, dim)
 
@@ -258,9 +262,14 @@ def _set(index: Any, name: str, value: int) -> None:
         faiss.ParameterSpace().set_index_parameter(index, name, value)
 
 
+def num_gpus() -> int:
+    """GPUs that this FAISS can use; 0 for one that was built without."""
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
+
+
 def _on_gpus(index: Any, vectors_ND: np.ndarray | None, dim: int) -> Any:
     """The index cut over all GPUs, in half precision."""
-    count = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    count = num_gpus()
     if not count:
         raise RetrievalError(
             "faiss.device is gpu, but this FAISS sees none; install faiss-gpu on a machine with an NVIDIA GPU, or set it to cpu"

@@ -4,7 +4,8 @@ Invariants: a checkpoint folder appears by one rename, after all its files are o
 sha256 of every file; a damaged file is named before anything is loaded. The folder is a Hugging Face model directory (config,
 safetensors with adapters merged, tokenizer), so it can be evaluated or warm-started from as it stands; `trainer.pt` holds
 the rest (optimiser, random state, adapters), `critic.pt` the critic where there is one, and both are read with weights_only, so
-they can run no code.
+they can run no code. A sharded checkpoint has tensors of the rest, and the critic's, in `shards/`, and its weights in several files.
+Either loads on any number of ranks.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from agents.learning.learner import Learner
-from agents.learning.model import stack_experts
+from agents.learning.sharded import SHARDS, everybody, together, write_shards, write_weights
+from agents.learning.weights import open_weights
 
-FORMAT = 1
+FORMAT, SHARDED = 1, 2
+"""Of a checkpoint that one rank wrote, and of one that all ranks wrote."""
 MANIFEST, TRAINER, WEIGHTS, EXTRA = "manifest.json", "trainer.pt", "model.safetensors", "extra.json"
 CRITIC = "critic.pt"
 MEND = "remove this folder and resume from an earlier checkpoint"
@@ -50,13 +54,25 @@ def save_checkpoint(
     tokenizer_dir: str | Path | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a checkpoint folder. Every rank calls it (tensors are gathered one by one); the first rank alone keeps copies,
-    of the weights while it writes them, then of the optimiser's state, then of the critic, and writes.
+    """Writes a checkpoint folder. Every rank calls it.
+
+    The first rank alone writes, and alone keeps what is gathered: the weights while it writes them, then the optimiser's state, then
+    the critic. With `learner.sharded_checkpoints` every rank writes its part (see `agents.learning.sharded`).
 
     `tokenizer_dir`: model directory whose tokenizer files are copied. `extra`: JSON values of the caller's own. A folder
-    that stood at `path` is replaced.
+    that stood at `path` is replaced. What cannot be written is an OSError, or an error of safetensors or torch; nothing is left of it.
     """
     path = Path(path)
+    if learner.config.sharded_checkpoints:
+        _save_by_all(path, learner, tokenizer_dir, extra)
+    else:
+        _save_by_first(path, learner, tokenizer_dir, extra)
+    return path
+
+
+def _save_by_first(
+    path: Path, learner: Learner, tokenizer_dir: str | Path | None, extra: Mapping[str, Any] | None
+) -> None:
     beside = learner.config.lora.rank > 0  # adapters; other weights are all in the weight file
     if dist.is_initialized() and dist.get_rank(learner.group) != 0:
         for _ in learner.weights():
@@ -65,28 +81,75 @@ def save_checkpoint(
         if learner.critic is not None:
             learner.critic.state_dict(keep=False)
     else:
-        draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+        draft = _draft(path)
         try:
             weights = {name: w.cpu().contiguous() for name, w in learner.weights()}
             save_file(weights, str(draft / WEIGHTS), metadata={"format": "pt"})
             del weights
-            learner.model.hf.config.save_pretrained(str(draft))
             torch.save(learner.state_dict(weights=beside), draft / TRAINER)
             if learner.critic is not None:
                 torch.save(learner.critic.state_dict(), draft / CRITIC)
-            (draft / EXTRA).write_text(json.dumps(dict(extra or {}), indent=1), encoding="utf-8")
-            for pattern in TOKENIZER_FILES if tokenizer_dir is not None else ():
-                for file in sorted(Path(str(tokenizer_dir)).glob(pattern)):
-                    shutil.copyfile(file, draft / file.name)
-            write_manifest(draft, {"batches": learner.batches})
+            _write_rest(draft, learner, tokenizer_dir, extra)
+            write_manifest(draft, {"format": FORMAT, "batches": learner.batches})
             _publish(draft, path)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier(learner.group)
-    return path
+
+
+def _save_by_all(
+    path: Path, learner: Learner, tokenizer_dir: str | Path | None, extra: Mapping[str, Any] | None
+) -> None:
+    group, first = learner.group, not dist.is_initialized() or dist.get_rank(learner.group) == 0
+    draft = Path(everybody(together(lambda: str(_draft(path)) if first else "", group), group)[0])
+    together(lambda: _see(draft), group)
+    tensors, beside = learner.held()
+    num_bytes = sum(p.numel() * p.element_size() for p in learner.model.hf.parameters())
+    try:
+        files = together(lambda: write_weights(draft, learner.weights(), num_bytes, group), group)
+        files += together(lambda: write_shards(draft / SHARDS, tensors, group), group)
+        listed: dict[str, Any] = {}
+        for part in everybody(together(lambda: _listed(draft, files, sync=True), group), group):
+            listed.update(part)
+
+        def finish() -> None:
+            if first:
+                torch.save(beside, draft / TRAINER)
+                _write_rest(draft, learner, tokenizer_dir, extra)
+                write_manifest(draft, {"format": SHARDED, "batches": learner.batches}, listed)
+                _publish(draft, path)
+
+        together(finish, group)
+    finally:
+        if first:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _see(draft: Path) -> None:
+    if not draft.is_dir():
+        raise OSError(
+            f"the folder {draft.parent} of the first learner process is not this one's: learner.sharded_checkpoints needs a folder that"
+            " all of them share; set it to false, or storage_path to such a folder"
+        )
+
+
+def _draft(path: Path) -> Path:
+    """An empty folder beside the checkpoint's."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    return draft
+
+
+def _write_rest(
+    draft: Path, learner: Learner, tokenizer_dir: str | Path | None, extra: Mapping[str, Any] | None
+) -> None:
+    learner.model.hf.config.save_pretrained(str(draft))
+    (draft / EXTRA).write_text(json.dumps(dict(extra or {}), indent=1), encoding="utf-8")
+    for pattern in TOKENIZER_FILES if tokenizer_dir is not None else ():
+        for file in sorted(Path(str(tokenizer_dir)).glob(pattern)):
+            shutil.copyfile(file, draft / file.name)
 
 
 class WrongFormat(CheckpointError):
@@ -151,7 +214,7 @@ def load_checkpoint(path: str | Path, learner: Learner, *, verified: bool = Fals
 
     `verified`: `newest_checkpoint` has just compared its files with their digests, which takes minutes for a large one.
 
-    The files are mapped, not read: ranks of a machine share their pages, and the kernel may drop them.
+    The files are mapped, and each rank reads its own part of them.
 
     Raises CheckpointError for a folder that is missing, incomplete or damaged, or that does not fit the learner's model.
     The learner is untouched in all those cases.
@@ -160,27 +223,37 @@ def load_checkpoint(path: str | Path, learner: Learner, *, verified: bool = Fals
     if not verified:
         verify_checkpoint(path)
     try:
-        state = torch.load(path / TRAINER, map_location="cpu", weights_only=True, mmap=True)
-        if "model" not in state:
-            state["model"] = stack_experts({f"hf.{name}": w for name, w in load_file(str(path / WEIGHTS)).items()})
-        critic = None
-        if (path / CRITIC).is_file():
-            critic = torch.load(path / CRITIC, map_location="cpu", weights_only=True, mmap=True)
-        learner.load_state_dict(state, critic)
+        with ExitStack() as stack:
+            state = torch.load(path / TRAINER, map_location="cpu", weights_only=True, mmap=True)
+            critic = None
+            if "held" in state:
+                state, critic = learner.read_held(state, path / SHARDS)
+            elif (path / CRITIC).is_file():
+                critic = torch.load(path / CRITIC, map_location="cpu", weights_only=True, mmap=True)
+            if "model" not in state:
+                state["model"] = open_weights(path, stack, prefix="hf.")
+            learner.load_state_dict(state, critic)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return read_extra(path)
 
 
-def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    """Lists every file of the folder with size and sha256, beside what the caller says about it."""
-    files = {
-        str(f.relative_to(folder)): {"bytes": f.stat().st_size, "sha256": _sha256(f)}
-        for f in sorted(folder.rglob("*"))
-        if f.is_file() and f.name != MANIFEST
-    }
-    text = json.dumps({"format": FORMAT, **about, "files": files}, indent=1)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+def write_manifest(folder: Path, about: Mapping[str, Any], listed: Mapping[str, Any] | None = None) -> None:
+    """Lists every file of the folder with size and sha256, beside what the caller says about it. `listed`: what is known already."""
+    known = dict(listed or {})
+    rest = (f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != MANIFEST)
+    files = known | _listed(folder, (f for f in rest if str(f.relative_to(folder)) not in known))
+    (folder / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1), encoding="utf-8")
+
+
+def _listed(folder: Path, files: Iterable[Path], *, sync: bool = False) -> dict[str, Any]:
+    """Size and sha256 by name. `sync`: only after they are on the disk, which nobody but their writer can see to."""
+    found = {}
+    for file in files:
+        if sync:
+            _fsync(file)
+        found[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return found
 
 
 def verify_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -196,8 +269,10 @@ def verify_checkpoint(path: str | Path) -> dict[str, Any]:
         listed = [(name, int(about["bytes"]), str(about["sha256"])) for name, about in files.items()]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged (not the expected JSON); {MEND}") from error
-    if manifest.get("format") != FORMAT:
-        raise WrongFormat(f"{path}: checkpoint format {manifest.get('format')}; this version reads format {FORMAT}")
+    if manifest.get("format") not in (FORMAT, SHARDED):
+        raise WrongFormat(
+            f"{path}: checkpoint format {manifest.get('format')}; this version reads formats {FORMAT} and {SHARDED}"
+        )
     for name, size, digest in listed:
         file = path / name
         if not file.is_file():

@@ -100,6 +100,14 @@ class LoraConfig:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Linear layers that get an adapter, by the last part of their name."""
+    publish: str = "merged"
+    """What engines are sent: `merged`, all weights with the adapters in them; or `adapter`, the adapters alone, which engines add."""
+
+    def check(self) -> None:
+        """Raises ValueError, one line, for a value outside its range."""
+        _one_of("learner.lora.publish", self.publish, ("merged", "adapter"))
+        if self.publish == "adapter" and self.rank == 0:
+            raise ValueError("learner.lora.publish=adapter needs adapters: set learner.lora.rank above 0")
 
 
 @dataclass
@@ -127,8 +135,9 @@ class LearnerConfig:
     max_tokens_per_microbatch: int = 2048
     """Token budget, padding included, of a forward and backward pass; a longer sequence runs alone. Small fits CPU caches."""
     layout: str = "auto"
-    """`padded` rows of like length; `packed`, sequences end to end behind a block mask; `shared`, what samples have in common
-    from the start computed once, where that saves time. `auto`: packed with flash kernels, else shared where the model allows."""
+    """`padded` rows of like length; `packed`, sequences end to end that do not see each other; `shared`, what samples have in common
+    from the start computed once, where that saves time. `auto`: packed with variable-length attention, else shared where the model
+    allows."""
     aggregation: str = "token_mean"
     """`token_mean` over the whole batch, `sequence_mean` (mean over rollouts of token means) or `constant` (Dr.GRPO)."""
     constant_length: int = 1024
@@ -140,10 +149,16 @@ class LearnerConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     dtype: str = "auto"
     """Arithmetic: float32 or bfloat16; auto is float32 on CPU, bfloat16 on GPU. Weights and AdamW stay float32."""
-    attention: str = "sdpa"
-    """Attention implementation as transformers names it. On a GPU `flex_attention` does not compute what `shared` rows mask out."""
+    attention: str = "auto"
+    """`varlen` (torch's own variable-length kernel), or an implementation as transformers names it: `sdpa`, `flash_attention_2`, `eager`,
+    or `flex_attention`, which on a GPU does not compute what `shared` rows mask out. `auto`: sdpa on CPU, varlen on a GPU that has it."""
+    context_parallel: int = 1
+    """Learner processes that share each row of tokens, for sequences that one cannot hold; divides their number and the heads."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass: less memory, about a third more time."""
+    sharded_checkpoints: bool = False
+    """Every learner process writes its own part of a checkpoint, and none gathers the optimiser's state. Needs a folder that all of
+    them share."""
     logit_elements: int = 1 << 24
     """Most entries of one [tokens, vocab] float32 block; larger heads are computed in chunks."""
     threads: int = 0
@@ -157,6 +172,9 @@ class LearnerConfig:
         _one_of("learner.layout", self.layout, ("auto", "padded", "packed", "shared"))
         _one_of("learner.aggregation", self.aggregation, ("token_mean", "sequence_mean", "constant"))
         _one_of("learner.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        if self.context_parallel > 1:
+            _one_of("learner.layout with learner.context_parallel,", self.layout, ("auto", "packed"))
+            _one_of("learner.attention with learner.context_parallel,", self.attention, ("auto", "varlen"))
         if self.lr < 0:
             raise ValueError(f"learner.lr {self.lr} is negative")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
@@ -165,11 +183,18 @@ class LearnerConfig:
             raise ValueError(
                 "learner.schedule=linear needs learner.total_steps above learner.warmup_steps (and critic.pretrain_steps)"
             )
-        for name in ("minibatches", "max_tokens_per_microbatch", "constant_length", "logit_elements"):
+        for name in (
+            "minibatches",
+            "max_tokens_per_microbatch",
+            "constant_length",
+            "logit_elements",
+            "context_parallel",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"learner.{name} {getattr(self, name)} is not positive")
         self.loss.check()
         self.critic.check()
+        self.lora.check()
         if self.loss.kl_in == "reward" and self.critic.kind == "none":
             raise ValueError("loss.kl_in=reward needs a critic: set learner.critic.kind, or loss.kl_in=loss")
 

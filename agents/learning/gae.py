@@ -45,9 +45,15 @@ def gae(rewards_K: np.ndarray, values_K: np.ndarray, gamma: float, lam: float) -
 
 @np.errstate(invalid="ignore", over="ignore")  # what is not finite here makes a loss that is not, and no step is taken
 def with_advantages(
-    samples: Sequence[Sample], config: LearnerConfig, device: torch.device, group: dist.ProcessGroup | None = None
+    samples: Sequence[Sample],
+    config: LearnerConfig,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+    counts: bool = True,
 ) -> tuple[list[Sample], dict[str, float]]:
     """Samples with advantages and aux `returns`, and metrics over all ranks, which call this together.
+
+    `counts`: whether this rank's samples are its own; of ranks that hold the same ones, one counts them.
 
     Reads aux `rewards` and `values`; under loss.kl_in=reward also `ref_logprobs` and, unless loss.old=rollout, `prox_logprobs`.
     Raises ValueError when one is missing, or a token outside the loss has a reward.
@@ -66,9 +72,10 @@ def with_advantages(
 
     def moments(values_N: np.ndarray) -> tuple[float, float]:
         """Mean, and variance with n - 1, over all ranks."""
-        count, total = sum_over_ranks([len(values_N), values_N.sum()], device, group)
+        counted = values_N if counts else values_N[:0]
+        count, total = sum_over_ranks([len(counted), counted.sum()], device, group)
         mean = total / max(count, 1.0)
-        return mean, sum_over_ranks([((values_N - mean) ** 2).sum()], device, group)[0] / max(count - 1, 1.0)
+        return mean, sum_over_ranks([((counted - mean) ** 2).sum()], device, group)[0] / max(count - 1, 1.0)
 
     advantages, returns = flat([a for a, _ in made]), flat([r for _, r in made])
     (mean, variance), (return_mean, return_variance) = moments(advantages), moments(returns)

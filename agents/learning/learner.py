@@ -7,13 +7,14 @@ Invariants:
 - Blind to the algorithm: it reads `Sample`s only. With a critic (`agents.learning.critic`) it makes advantages of their aux `rewards`
   itself, once, when the batch arrives; clipping is measured from the values and log-probs of that moment.
 - Imports neither Ray nor vLLM; several ranks meet through torch.distributed when it is initialised, each with its own part of the
-  batch (`agents.sharding.shard`).
+  batch (`agents.sharding.shard`). Ranks of one context (`agents.learning.context`) come with the same part, and share its rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 
 from agents.learning import packing
 from agents.learning.config import LearnerConfig, learning_rate
+from agents.learning.context import make_context
 from agents.learning.critic import HEAD, Critic
 from agents.learning.gae import with_advantages
 from agents.learning.loss import LOSSES, Tokens, can_learn
-from agents.learning.model import PolicyModel, named_weights_for_publish
-from agents.learning.optimiser import Trained
+from agents.learning.model import PolicyModel, adapters_for_publish, named_weights_for_publish
+from agents.learning.optimiser import Trained, unfit
 from agents.learning.scorer import score_logprobs, score_values, with_aux
 from agents.learning.shard import (
     gather_values,
@@ -37,6 +39,7 @@ from agents.learning.shard import (
     union_over_ranks,
     world_size,
 )
+from agents.learning.sharded import read_shards, shard_shapes, whats
 from agents.learning.stopwatch import Stopwatch
 from agents.types import Sample
 
@@ -81,6 +84,9 @@ class Learner:
         self.critic = Critic(self.model, critic, config, group) if config.critic.kind != "none" else None
         self._watch = Stopwatch(self.model.device)
         self.layout = self.model.layout(config.layout)
+        self.context = make_context(config.context_parallel, self.model.hf.config)
+        self._counts = self.context is None or self.context.rank == 0
+        """Whether this rank's samples are its own: of ranks that share them, the first counts them."""
 
     def step(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Trains on this rank's part of a batch. Returns flat metrics, the same on every rank.
@@ -118,7 +124,9 @@ class Learner:
         metrics.update(self._token_metrics(records))
         positions, shared = (float(sum(counts)) for counts in zip(*computed, strict=True))
         tokens, rows, positions, shared = sum_over_ranks(
-            [sum(s.num_tokens for s in samples), len(samples), positions, shared], self.model.device, self.group
+            [sum(s.num_tokens for s in samples) * self._counts, len(samples) * self._counts, positions, shared],
+            self.model.device,
+            self.group,
         )
         self._watch.lap("optimiser")
         laps = self._watch.seconds()
@@ -140,9 +148,15 @@ class Learner:
         """(name, whole tensor) as the sampler's engine expects them. Every rank must exhaust it when sharded."""
         return named_weights_for_publish(self.model, dtype)
 
+    def adapters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of the adapters alone, as PEFT names them; likewise."""
+        return adapters_for_publish(self.model, dtype)
+
     def score(self, samples: Sequence[Sample]) -> list[Any]:
         """log-probs of the trained tokens under the current weights: per sample float32 [T], 0 elsewhere."""
-        return score_logprobs(self.model, samples, self._budget, layout=self.layout, group=self.group)
+        return score_logprobs(
+            self.model, samples, self._budget, layout=self.layout, group=self.group, context=self.context
+        )
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -164,9 +178,11 @@ class Learner:
             self._watch.lap("forward")
         if critic is not None:
             critic.trained.set_rate(critic.rate(self.batches))
-            values = score_values(critic.model, samples, self._budget, layout=self.layout, group=self.group)
+            values = score_values(
+                critic.model, samples, self._budget, layout=self.layout, group=self.group, context=self.context
+            )
             valued = [with_aux(s, values=found) for s, found in zip(samples, values, strict=True)]
-            samples, metrics = with_advantages(valued, config, self.model.device, self.group)
+            samples, metrics = with_advantages(valued, config, self.model.device, self.group, self._counts)
             self._watch.lap("forward")
         return samples, metrics
 
@@ -183,7 +199,7 @@ class Learner:
         """One optimiser step. Returns loss, gradient norms of policy and critic (all global), positions computed and tokens
         shared (here)."""
         config, device = self.config, self.model.device
-        counts = packing.count_totals(samples)
+        counts = packing.count_totals(samples if self._counts else [])
         totals = dict(zip(counts, sum_over_ranks(counts.values(), device, self.group), strict=True))
         coefficients = packing.loss_coefficients(samples, config.aggregation, config.constant_length, totals)
         moving: list[int] = []
@@ -205,11 +221,12 @@ class Learner:
                 most = int(max_over_ranks([len(batches)], device, self.group)[0])
                 batches += [packing.dummy()] * (most - len(batches))
             for batch in batches:
+                batch = batch if self.context is None else self.context.part(batch)
                 value, record = self._pass(batch.to(device), backward)
                 loss += value
                 if batch.samples:
                     positions += batch.token_ids.numel()
-                    shared += batch.shared_tokens
+                    shared += batch.shared_tokens * self._counts
                     records.append(record)
             if not (backward and self._policy_learns) and batches:
                 settle(self.model)
@@ -226,7 +243,9 @@ class Learner:
         critic, learns = self.critic, backward and self._policy_learns
         with_values = critic is not None and critic.shared
         with nullcontext() if learns or with_values else torch.no_grad():
-            logprobs, entropies, *values = self.model(batch, values=with_values, detach=not learns)
+            logprobs, entropies, *values = self.model(
+                batch, values=with_values, detach=not learns, context=self.context
+            )
             tokens = Tokens(batch.rollout_logprobs, batch.advantages, batch.sample_index, batch.aux)
             loss_N, stats = LOSSES[self.config.loss.name](logprobs, entropies, tokens, self.config.loss)
             loss = (loss_N * batch.coefficients).sum()
@@ -237,7 +256,8 @@ class Learner:
         if critic is not None and not critic.shared:
             if learns:
                 self._backward(total, self.model)
-            values, total = critic.model(batch, logprobs=False, values=True), torch.zeros((), device=loss.device)
+            values = critic.model(batch, logprobs=False, values=True, context=self.context)
+            total = torch.zeros((), device=loss.device)
             self._watch.lap("forward")
         if critic is not None:
             value_loss, told = critic.loss(values[0], batch)
@@ -259,8 +279,12 @@ class Learner:
         return self.batches >= self.config.critic.pretrain_steps
 
     @property
+    def _owners(self) -> dict[str, Trained]:
+        return {"policy": self.trained, **({} if self.critic is None else {"critic": self.critic.trained})}
+
+    @property
     def _all_trained(self) -> list[Trained]:
-        return [self.trained] if self.critic is None else [self.trained, self.critic.trained]
+        return list(self._owners.values())
 
     def _token_metrics(self, records: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         """Means over all trained tokens of all ranks, and quantiles of the sampler/learner ratio."""
@@ -299,10 +323,46 @@ class Learner:
             "rng": {"torch": torch.get_rng_state(), "minibatches": self.generator.get_state()},
         }
 
+    def held(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `state_dict` and the critic's have beside the policy's own weights, nothing gathered: tensors where they lie, by names
+        that all ranks share, and plain values."""
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, Any] = {}
+        for owner, trained in self._owners.items():
+            laid_out, plain[owner] = trained.held()
+            tensors |= {f"{owner}/{name}": value for name, value in laid_out.items()}
+            if owner != "policy" or self.config.lora.rank:
+                tensors |= {f"{owner}/weight/{name}": p.detach() for name, p in trained.named.items()}
+        rng = {"torch": torch.get_rng_state(), "minibatches": self.generator.get_state()}
+        return tensors, {"held": plain, "batches": self.batches, "rng": rng}
+
+    def read_held(self, plain: dict[str, Any], shards: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What `load_state_dict` takes, from what `held` gave. Every rank calls it. Raises ValueError when they do not fit."""
+        shapes = shard_shapes(shards)
+        states: dict[str, dict[str, Any]] = {}
+        for owner, trained in self._owners.items():
+            found = {}
+            for what in whats(list(shapes), owner):
+                for name, p in trained.named.items():
+                    if (shape := shapes.get(f"{owner}/{what}/{name}")) != tuple(p.shape):
+                        raise ValueError(unfit(name, p, shape))
+                    found[f"{owner}/{what}/{name}"] = p.detach()
+            laid_out = read_shards(shards, found, self.group)
+            state: dict[str, Any] = {"optimizer": {name: dict(v) for name, v in plain["held"].get(owner, {}).items()}}
+            for key, value in laid_out.items():
+                _, what, name = key.split("/", 2)
+                place = state.setdefault("model", {}) if what == "weight" else state["optimizer"].setdefault(name, {})
+                place[name if what == "weight" else what] = value
+            states[owner] = state
+        state = states["policy"] | {"batches": plain["batches"], "rng": plain["rng"]}
+        if self.config.lora.rank and "model" not in state:
+            raise ValueError("the checkpoint has no adapters: use the learner.lora settings of the run that wrote it")
+        return state, states.get("critic", {}) if "critic" in plain["held"] else None
+
     def load_state_dict(self, state: dict[str, Any], critic: dict[str, Any] | None = None) -> None:
         """Inverse of `state_dict`, and of the critic's own. Raises ValueError, nothing changed, when one does not fit this learner.
 
-        Every rank calls it; of what is sharded the first rank alone reads the values, one tensor at a time.
+        Every rank calls it, and reads its own part of what is sharded.
         """
         if (critic is None) != (self.critic is None):
             raise ValueError(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from agents.learning import attention
 from agents.learning.config import LearnerConfig
+from agents.learning.context import Context
 from agents.learning.logprobs import token_logprobs
 from agents.learning.lora import LoraLinear, apply_lora, merge
 from agents.learning.packing import MicroBatch
-
-_EXPERT = re.compile(r"(?P<stem>.*\.experts\.)(?P<index>\d+)\.(?P<kind>gate|up|down)_proj\.weight$")
+from agents.learning.weights import full, unstack
 
 
 class ModelError(ValueError):
@@ -39,12 +38,14 @@ class PolicyModel(nn.Module):
     [tokens, vocab] matrix never exists for the whole batch.
     """
 
-    def __init__(self, hf: nn.Module, config: LearnerConfig | None = None) -> None:
+    def __init__(self, hf: nn.Module, config: LearnerConfig | None = None, device: torch.device | None = None) -> None:
+        """`device`: where the weights will be, when they are not anywhere yet."""
         super().__init__()
         config = config or LearnerConfig()
         self.hf = hf
+        self.lora = config.lora
         self.logit_elements = config.logit_elements
-        self.compute_dtype = _compute_dtype(config, next(hf.parameters()))
+        self.compute_dtype = _compute_dtype(config, device or self.device)
         self.autocast = self.compute_dtype is not torch.float32
         """Turned off when FSDP's mixed precision does the casting."""
         _drop_dropout(hf)
@@ -68,17 +69,22 @@ class PolicyModel(nn.Module):
 
     @property
     def packs(self) -> bool:
-        """True when the attention implementation has kernels for sequences end to end."""
-        return "flash" in (self.hf.config._attn_implementation or "")
+        """True when the attention implementation takes sequences end to end by their bounds."""
+        name = self.hf.config._attn_implementation or ""
+        return name == attention.NAME or "flash" in name
 
     @property
     def shares(self) -> bool:
         """True when a row may hold a trie: the model takes positions, and all its layers a mask that says who sees whom."""
+        takes_positions = "position_ids" in inspect.signature(self.hf.base_model.forward).parameters
+        return takes_positions and not self.packs and self._layers <= {"full_attention"}
+
+    @property
+    def _layers(self) -> set[str]:
+        """Kinds of layers, as transformers names them."""
         config = self.hf.config.get_text_config()
         sliding = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
-        layers = getattr(config, "layer_types", None) or sliding
-        takes_positions = "position_ids" in inspect.signature(self.hf.base_model.forward).parameters
-        return takes_positions and not self.packs and set(layers) <= {"full_attention"}
+        return set(getattr(config, "layer_types", None) or sliding)
 
     @property
     def flex(self) -> bool:
@@ -93,8 +99,11 @@ class PolicyModel(nn.Module):
 
     def layout(self, name: str) -> str:
         """The layout of micro-batches that `learner.layout` means for this model. Raises ModelError for one it cannot have."""
+        packs = self.packs and self._layers <= {"full_attention", "sliding_attention"}
         if name == "auto":
-            return "packed" if self.packs else "shared" if self.shares else "padded"
+            return "packed" if packs else "shared" if self.shares else "padded"
+        if name == "packed" and self.packs and not packs:
+            raise ModelError("learner.layout=packed needs layers that are all attention: set learner.layout=auto")
         if name == "shared" and not self.shares:
             raise ModelError(
                 "learner.layout=shared needs attention that takes any mask, and layers that all look back without a window:"
@@ -103,19 +112,31 @@ class PolicyModel(nn.Module):
         return name
 
     def forward(
-        self, batch: MicroBatch, *, logprobs: bool = True, values: bool = False, detach: bool = False
+        self,
+        batch: MicroBatch,
+        *,
+        logprobs: bool = True,
+        values: bool = False,
+        detach: bool = False,
+        context: Context | None = None,
     ) -> tuple[Tensor, ...]:
         """Of the trained tokens, float32 [N] each: log-probs at the sampling temperature and entropies, then with `values`
-        the value of the state before each token. `detach`: values send no gradient into the hidden states.
+        the value of the state before each token. `detach`: values send no gradient into the hidden states. `context`: the ranks
+        that share the row of which `batch` is this one's part.
         """
         device = batch.token_ids.device
-        context: Any = torch.autocast(device.type, self.compute_dtype) if self.autocast else nullcontext()
-        with context:
+        precision: Any = torch.autocast(device.type, self.compute_dtype) if self.autocast else nullcontext()
+        with precision:
             kwargs: dict[str, Any] = {}
-            if batch.packed:
-                kwargs["position_ids"] = batch.position_ids
-                if not self.packs:
-                    kwargs["attention_mask"] = self._mask(batch)
+            if self.packs and batch.bounds is not None:
+                kwargs = {
+                    "position_ids": batch.position_ids,
+                    "cu_seq_lens_q": batch.bounds, "cu_seq_lens_k": batch.bounds,
+                    "max_length_q": batch.longest, "max_length_k": batch.longest,
+                    **({} if context is None else {"context": context}),
+                }  # fmt: skip
+            elif batch.packed:
+                kwargs = {"position_ids": batch.position_ids, "attention_mask": self._mask(batch)}
             hidden = self.hf.base_model(input_ids=batch.token_ids, use_cache=False, **kwargs).last_hidden_state
             chosen = hidden.flatten(0, 1).index_select(0, batch.source)
             found: list[Tensor] = []
@@ -168,23 +189,33 @@ def load_model(
     config = config or LearnerConfig()
     path = Path(path)
     check_model_dir(path)
+    attention.register()
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         hf, report = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=torch.float32, attn_implementation=config.attention, local_files_only=True,
+            str(path), dtype=torch.float32, attn_implementation=attention_name(config, torch.device(device)), local_files_only=True,
             use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{path}: the model does not load: {_first_line(error)}") from error
+        raise ModelError(f"{path}: the model does not load: {first_line(error)}") from error
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
         raise ModelError(f"{path}: {len(names)} weight(s) are missing, first {names[0]}; copy the whole model again")
-    _check_names(path, hf)
+    check_names(path, hf)
     hf.to(device)
     return PolicyModel(hf, config)
+
+
+def attention_name(config: LearnerConfig, device: torch.device) -> str:
+    """What `learner.attention` means on that device, as transformers names it."""
+    if config.context_parallel > 1:
+        return attention.NAME
+    if config.attention != "auto":
+        return config.attention
+    return attention.NAME if attention.has_kernel(device) else "sdpa"
 
 
 def check_model_dir(path: str | Path) -> None:
@@ -204,7 +235,7 @@ def check_model_dir(path: str | Path) -> None:
                 list(opened.keys())
         except Exception as error:  # safetensors raises its own class, and OSError
             raise ModelError(
-                f"{file}: the weight file is damaged ({_first_line(error)}); copy it again, or take an earlier checkpoint"
+                f"{file}: the weight file is damaged ({first_line(error)}); copy it again, or take an earlier checkpoint"
             ) from error
     rows = model_config.get("vocab_size") or (model_config.get("text_config") or {}).get("vocab_size")
     tokenizer = _read_json(path / "tokenizer.json")
@@ -234,57 +265,20 @@ def named_weights_for_publish(model: PolicyModel, dtype: torch.dtype | None = No
         if name in adapted:
             module = adapted[name]
             weight = merge(weight, full(module.lora_a), full(module.lora_b), module.scale)
-        for own_name, part in _unstack(name.replace(".base.", "."), weight):
+        for own_name, part in unstack(name.replace(".base.", "."), weight):
             yield own_name, part if dtype is None else part.to(dtype)
 
 
-class Stacked(Mapping[str, Tensor]):
-    """Weights by their names in a checkpoint, as the model holds them: the inverse of how they are published.
-
-    Experts are stacked when they are asked for, so that one layer of them is in memory at a time.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        experts: dict[str, dict[int, dict[str, Tensor]]] = {}
-        self._parts: dict[str, Tensor | list[list[Tensor]]] = {}
-        for name, weight in weights.items():
-            match = _EXPERT.match(name)
-            if match:
-                experts.setdefault(match["stem"], {}).setdefault(int(match["index"]), {})[match["kind"]] = weight
-            else:
-                self._parts[name] = weight
-        for stem, found in experts.items():
-            ordered = [found[i] for i in sorted(found)]
-            self._parts[f"{stem}gate_up_proj"] = [[e["gate"], e["up"]] for e in ordered]
-            self._parts[f"{stem}down_proj"] = [[e["down"]] for e in ordered]
-
-    def __getitem__(self, name: str) -> Tensor:
-        parts = self._parts[name]
-        return parts if isinstance(parts, Tensor) else torch.stack([torch.cat(expert) for expert in parts])
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a weight, without reading it."""
-        parts = self._parts[name]
-        if isinstance(parts, Tensor):
-            return tuple(parts.shape)
-        return (len(parts), sum(p.shape[0] for p in parts[0]), *parts[0][0].shape[1:])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parts
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
+def adapters_for_publish(model: PolicyModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of the adapters alone, as PEFT names them. Every rank must run through it when sharded."""
+    for name, module in model.hf.named_modules():
+        if isinstance(module, LoraLinear):
+            for kind, weight in (("lora_A", module.lora_a), ("lora_B", module.lora_b)):
+                whole = full(weight)
+                yield f"base_model.model.{name}.{kind}.weight", whole if dtype is None else whole.to(dtype)
 
 
-def stack_experts(weights: Mapping[str, Tensor]) -> Stacked:
-    """Weights by their names in a checkpoint, as the model holds them."""
-    return Stacked(weights)
-
-
-def _check_names(path: Path, hf: nn.Module) -> None:
+def check_names(path: Path, hf: nn.Module) -> None:
     """Engines and checkpoints know weights by the names of the model directory; models whose naming we cannot restore are refused.
 
     What the directory has beyond the model (parts that are not trained) is no matter.
@@ -294,7 +288,7 @@ def _check_names(path: Path, hf: nn.Module) -> None:
         with safe_open(str(file), framework="pt") as opened:
             there.update(opened.keys())
     named = ((n, p.detach()) for n, p in hf.named_parameters() if not _is_tied_head(hf, n))
-    ours = {own_name: None for name, weight in named for own_name, _ in _unstack(name, weight)}
+    ours = {own_name: None for name, weight in named for own_name, _ in unstack(name, weight)}
     strange = [name for name in ours if name not in there]
     if strange:
         beside = next(iter(sorted(n for n in there - ours.keys() if not _is_tied_head(hf, n))), "nothing like it")
@@ -309,31 +303,9 @@ def _is_tied_head(hf: nn.Module, name: str) -> bool:
     return name == "lm_head.weight" and bool(getattr(hf.config, "tie_word_embeddings", False))
 
 
-def _unstack(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A parameter as its checkpoint names it: transformers stacks the experts of a layer, with gate and up projection
-    end to end; checkpoints, and the engines that read them, have one matrix each."""
-    stem, kind = name.rpartition(".")[::2]
-    if not stem.endswith(".experts") or kind not in ("gate_up_proj", "down_proj"):
-        yield name, weight
-        return
-    for index, expert in enumerate(weight):
-        if kind == "down_proj":
-            yield f"{stem}.{index}.down_proj.weight", expert
-            continue
-        gate, up = expert.chunk(2)
-        yield f"{stem}.{index}.gate_proj.weight", gate
-        yield f"{stem}.{index}.up_proj.weight", up
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, detached; gathers a shard (a collective)."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _compute_dtype(config: LearnerConfig, parameter: Tensor) -> torch.dtype:
+def _compute_dtype(config: LearnerConfig, device: torch.device) -> torch.dtype:
     if config.dtype == "auto":
-        return torch.bfloat16 if parameter.device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
@@ -351,7 +323,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({_first_line(error)}); copy it again") from error
+        raise ModelError(f"{path}: not readable as JSON ({first_line(error)}); copy it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object; copy it again")
     return value
@@ -366,5 +338,6 @@ def _num_token_ids(tokenizer: dict[str, Any]) -> int:
     return max((i for i in ids if isinstance(i, int)), default=-1) + 1
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from agents.learning.config import LearnerConfig
-from agents.learning.model import Stacked, full
 from agents.learning.shard import sum_gradients
+from agents.learning.weights import Stacked, full, local, place
 
 
 class Trained:
@@ -83,24 +83,39 @@ class Trained:
         saved = saved if isinstance(saved, Stacked) else Stacked(saved)
         for name, p in self.named.items():
             if name not in saved or saved.shape(name) != tuple(p.shape):
-                found = saved.shape(name) if name in saved else "nothing"
-                raise ValueError(
-                    f"the checkpoint does not fit the model: {name} is {tuple(p.shape)} here, {found} there; use the same"
-                    " model and the same learner.lora and learner.critic settings as the run that wrote it"
-                )
+                raise ValueError(unfit(name, p, saved.shape(name) if name in saved else None))
         return saved
 
     @torch.no_grad()
     def load(self, saved: Stacked, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Inverse of `weights` and `moments`. Of what is sharded the first rank alone reads the values, one tensor at a time."""
+        """Inverse of `weights` and `moments`: each rank reads its own part. Tensors laid out as the parameter are taken as they are."""
         for name, p in self.named.items():
-            p.copy_(_like(saved[name] if _is_first(p) else torch.empty(p.shape), p))
+            local(p).copy_(saved.block(name, *place(p)))
             kept = moments.get(name)
             self._adam.state.pop(p, None)
             if kept is not None:
-                self._adam.state[p] = {
-                    k: _like(v, p) if v.shape == p.shape and v.ndim else v.clone() for k, v in kept.items()
-                }
+                self._adam.state[p] = {k: _like(v, p) if v.shape == p.shape else v.clone() for k, v in kept.items()}
+
+    def held(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """The optimiser's state where it lies, nothing gathered: tensors laid out as their parameter, by `<what>/<parameter>`, and what
+        is no such tensor, by parameter and what."""
+        laid_out: dict[str, Tensor] = {}
+        beside: dict[str, dict[str, Tensor]] = {}
+        for name, p in self.named.items():
+            for what, value in self._adam.state.get(p, {}).items():
+                if value.shape == p.shape:
+                    laid_out[f"{what}/{name}"] = value
+                else:
+                    beside.setdefault(name, {})[what] = value.cpu()
+        return laid_out, beside
+
+
+def unfit(name: str, parameter: Tensor, found: tuple[int, ...] | None) -> str:
+    """The line about a saved parameter of another shape, or that is not there."""
+    return (
+        f"the checkpoint does not fit the model: {name} is {tuple(parameter.shape)} here, {found or 'nothing'} there; use the same model"
+        " and the same learner.lora and learner.critic settings as the run that wrote it"
+    )
 
 
 def _copies(tensors: Iterable[tuple[str, Any]], keep: bool) -> dict[str, Tensor]:
@@ -108,13 +123,11 @@ def _copies(tensors: Iterable[tuple[str, Any]], keep: bool) -> dict[str, Tensor]
     return {name: whole.to("cpu", copy=True) for name, whole in gathered if keep}
 
 
-def _like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor as the parameter is laid out. Shards come from the first rank's copy; that of others is not read."""
-    if isinstance(parameter, DTensor):
-        here = whole.to(parameter.device) if _is_first(parameter) else torch.empty_like(whole, device=parameter.device)
-        return distribute_tensor(here, parameter.device_mesh, parameter.placements)
-    return whole.to(parameter.device, copy=True)
-
-
-def _is_first(parameter: Tensor) -> bool:
-    return not isinstance(parameter, DTensor) or parameter.device_mesh.get_local_rank() == 0
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor as the parameter is laid out, of which this rank reads its part; one that is laid out so already is kept."""
+    if isinstance(value, DTensor):
+        return value
+    laid_out = torch.empty_like(parameter, requires_grad=False)
+    offset, shape = place(parameter)
+    local(laid_out).copy_(value[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))])
+    return laid_out

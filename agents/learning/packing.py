@@ -7,7 +7,7 @@ logits, are gathered, and no layout needs another loss.
 
 Three layouts. `padded`: rows of like length, padding on the right, where a causal mask alone keeps samples apart (no mask
 tensor: the fast attention path on CPU). `packed`: sequences end to end in one row, positions restarting, behind a block
-mask (dense for sdpa; variable-length kernels read `position_ids`). `shared`: samples that begin with the same tokens are one
+mask (dense for sdpa; variable-length kernels read `bounds`). `shared`: samples that begin with the same tokens are one
 row, which holds their trie in depth-first order: shared tokens stand there once, positions go on from a token's parent,
 and every token sees its ancestors only. One position may then predict the next token of several samples.
 
@@ -57,6 +57,10 @@ class MicroBatch:
     """float32 [N]: factor of the token's loss, from the aggregation and the sample's weight"""
     versions: Tensor
     """int64 [N]"""
+    bounds: Tensor | None = None
+    """int32 [S + 1]: where the S sequences of a row that holds them end to end begin, and its end; None in other layouts"""
+    longest: int = 0
+    """Tokens of the longest of them"""
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     """float32 [N] each"""
     samples: tuple[int, ...] = ()
@@ -111,7 +115,7 @@ def pack(
         # Samples alone need no mask, and keep to themselves for attention's fast path.
         bins = _fill([r for r in rows if len(r.members) > 1], max_tokens)
         bins += _fill([r for r in rows if len(r.members) == 1], max_tokens)
-    return [_micro_batch(samples, rows, lengths, coefficients) for rows in bins]
+    return [_micro_batch(samples, rows, lengths, coefficients, bounded=layout == "packed") for rows in bins]
 
 
 @dataclass
@@ -232,6 +236,8 @@ def dummy() -> MicroBatch:
         temperatures=nothing,
         coefficients=nothing,
         versions=none,
+        bounds=torch.tensor([0, 1], dtype=torch.int32),
+        longest=1,
         aux={"ref_logprobs": nothing, "prox_logprobs": nothing},
     )
 
@@ -241,6 +247,8 @@ def _micro_batch(
     rows: Sequence[_Row],
     lengths: Mapping[int, int],
     coefficients: Sequence[np.ndarray] | None,
+    *,
+    bounded: bool,
 ) -> MicroBatch:
     columns = max(r.length for r in rows)
     token_ids, position_ids = (np.zeros((len(rows), columns), dtype=np.int64) for _ in range(2))
@@ -282,7 +290,13 @@ def _micro_batch(
         torch.from_numpy(ends),
         packed=any(len(r.members) > 1 for r in rows),
         aux=aux,
+        bounds=_bounds([lengths[i] for i in members]) if bounded else None,
+        longest=max(lengths[i] for i in members),
         samples=tuple(members),
         shared_tokens=sum(sum(r.shared) for r in rows),
         **tensors,
     )
+
+
+def _bounds(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)

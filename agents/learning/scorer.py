@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from agents.learning import packing
+from agents.learning.context import Context
 from agents.learning.model import PolicyModel
 from agents.learning.shard import is_sharded, max_over_ranks, settle
 from agents.types import Sample
@@ -25,12 +26,13 @@ def score_logprobs(
     *,
     layout: str = "auto",
     group: dist.ProcessGroup | None = None,
+    context: Context | None = None,
 ) -> list[np.ndarray]:
     """log p of every trained token at its sampling temperature: per sample float32 [T], 0 elsewhere.
 
-    When the model is sharded all ranks call it together, each with its own samples.
+    When the model is sharded all ranks call it together, each with its own samples; ranks of one `context` with the same.
     """
-    return _score(model, samples, max_tokens, layout, group, logprobs=True)
+    return _score(model, samples, max_tokens, layout, group, context, logprobs=True)
 
 
 def score_values(
@@ -40,9 +42,10 @@ def score_values(
     *,
     layout: str = "auto",
     group: dist.ProcessGroup | None = None,
+    context: Context | None = None,
 ) -> list[np.ndarray]:
     """The value of the state before every trained token, by a model with a value head; otherwise as `score_logprobs`."""
-    return _score(model, samples, max_tokens, layout, group, logprobs=False)
+    return _score(model, samples, max_tokens, layout, group, context, logprobs=False)
 
 
 def _score(
@@ -51,6 +54,7 @@ def _score(
     max_tokens: int,
     layout: str,
     group: dist.ProcessGroup | None,
+    context: Context | None,
     *,
     logprobs: bool,
 ) -> list[np.ndarray]:
@@ -61,12 +65,15 @@ def _score(
         batches += [packing.dummy()] * (most - len(batches))
     with torch.no_grad():
         for batch in batches:
-            found = model(batch.to(model.device), logprobs=logprobs, values=not logprobs)[0].cpu().numpy()
+            batch = batch if context is None else context.part(batch)
+            found = model(batch.to(model.device), logprobs=logprobs, values=not logprobs, context=context)
+            place = (batch.position_ids.flatten()[batch.source] + 1).numpy()  # the token stands behind what predicts it
+            index, values_N = batch.sample_index.numpy(), found[0].cpu().numpy()
             for i in batch.samples:
-                out[i][samples[i].mask == 1] = found[batch.sample_index.numpy() == i]
+                out[i][place[index == i]] = values_N[index == i]
     if batches:
         settle(model)
-    return out
+    return out if context is None else context.join(out, model.device)
 
 
 def with_aux(sample: Sample, **arrays: np.ndarray) -> Sample:
@@ -77,12 +84,14 @@ def with_aux(sample: Sample, **arrays: np.ndarray) -> Sample:
 class ReferenceScorer:
     """Gives samples aux `ref_logprobs` under a frozen policy, for the KL to it."""
 
-    def __init__(self, model: PolicyModel, max_tokens: int = 2048) -> None:
+    def __init__(self, model: PolicyModel, max_tokens: int = 2048, context: Context | None = None) -> None:
         self.model = model.requires_grad_(False)
         self.max_tokens = max_tokens
+        self.context = context
 
     def __call__(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples with `ref_logprobs`; those that have it already are kept as they are."""
+        """The samples with `ref_logprobs`; those that have it already are kept as they are. All ranks of a sharded model call it."""
         todo = [s for s in samples if "ref_logprobs" not in s.aux]
-        scored = dict(zip(map(id, todo), score_logprobs(self.model, todo, self.max_tokens), strict=True))
+        found = score_logprobs(self.model, todo, self.max_tokens, context=self.context)
+        scored = dict(zip(map(id, todo), found, strict=True))
         return [with_aux(s, ref_logprobs=scored[id(s)]) if id(s) in scored else s for s in samples]

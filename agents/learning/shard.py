@@ -25,12 +25,13 @@ def default_mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (world_size(),))
 
 
-def apply_fsdp(model: PolicyModel, mesh: DeviceMesh | None = None) -> PolicyModel:
+def apply_fsdp(model: PolicyModel, mesh: DeviceMesh | None = None, device: torch.device | None = None) -> PolicyModel:
     """Shards the policy in place: each layer a unit, embeddings and head with the root. Every rank calls it.
 
-    All ranks must hold the same weights. bfloat16 arithmetic becomes FSDP's mixed precision (gradients are reduced in float32).
+    All ranks must hold the same weights, or none yet (`agents.learning.loading`, which says the `device`). bfloat16 arithmetic becomes
+    FSDP's mixed precision: weights and their optimiser stay float32, are gathered in bfloat16, and gradients are reduced in float32.
     """
-    mesh = mesh or default_mesh(model.device)
+    mesh = mesh or default_mesh(device or model.device)
     policy = MixedPrecisionPolicy()
     if model.compute_dtype is not torch.float32:
         policy = MixedPrecisionPolicy(

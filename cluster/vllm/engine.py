@@ -23,6 +23,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cluster.vllm.buckets import from_wire
+from cluster.vllm.expected import expected_layout, optional_names
 from cluster.vllm.ideal import IdealCache
 from cluster.vllm.launch import (
     build,
@@ -37,8 +39,9 @@ from cluster.vllm.launch import (
 )
 from cluster.vllm.options import EngineConfig
 from cluster.vllm.preflight import EngineError, check_memory, check_model
+from cluster.vllm.residence import Residence, Stay, TurnError
 from cluster.vllm.results import Checksums, EngineStats, Generation
-from cluster.vllm.segment import Manifest, SegmentError, SegmentReader
+from cluster.vllm.segment import Manifest, SegmentError, SegmentReader, check_layout, dtype_name
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -65,6 +68,7 @@ class PolicyEngine:
         self._tokenizer: Any = None
         self._init_info: dict[str, Any] | None = None
         self._paused = False
+        self._residence = Residence()
         self._in_flight = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
@@ -212,6 +216,8 @@ class PolicyEngine:
 
     async def pause(self) -> None:
         """Hold all requests where they are; new ones queue. Returns when the device is idle."""
+        if not self._residence.awake:
+            return  # it holds them already
         clear = self.config.kv_after_update == "recompute"
         self._paused = True
         # Not `pause_generation`: it adds a sleep of 20 ms to every pause for callers who watch the stream of outputs.
@@ -220,7 +226,9 @@ class PolicyEngine:
             self._ideal.forget()
 
     async def resume(self) -> None:
-        """Go on with held and queued requests."""
+        """Go on with held and queued requests; after a sleep, once `wake` says that it is the samplers' turn."""
+        if not self._may_resume():
+            return
         await self._guard(self._engine.resume_generation())
         self._paused = False
 
@@ -239,8 +247,13 @@ class PolicyEngine:
         """Check what is about to be loaded while the engine still generates, in this process."""
         if "manifest" in update_info:
             await asyncio.to_thread(_verify_segment, Manifest.from_dict(update_info["manifest"]))
+        if "layout" in update_info:
+            self._check_layout(update_info["layout"])
 
     async def start_weight_update(self) -> None:
+        if self._residence.stay is Stay.ASLEEP:
+            await self._guard(self._engine.wake_up(["weights"]))
+            self._residence.mapped()
         await self._guard(self._engine.start_weight_update())
 
     async def update_weights(self, update_info: Mapping[str, Any]) -> None:
@@ -250,6 +263,7 @@ class PolicyEngine:
 
     async def finish_weight_update(self) -> None:
         await self._guard(self._engine.finish_weight_update())
+        self._residence.loaded()
 
     async def abort_weight_update(self) -> None:
         """Forget a started update whose weights were not applied."""
@@ -260,18 +274,56 @@ class PolicyEngine:
         await self._guard(self._engine.update_weight_version(label))
         self.version = label
 
+    async def facts(self) -> dict[str, Any]:
+        """What a collective must know of this engine: its workers' GPUs (none on CPU), their number, and the type of its
+        weights."""
+        devices = await self._rpc("gumshoe_device")
+        dtype = dtype_name(self._engine.model_config.dtype)
+        return {"devices": [d for d in devices if d], "num_workers": len(devices), "dtype": dtype}
+
+    # -- turns on a shared device (`residence`) ----------------------------------------------------------------
+
+    async def sleep(self) -> None:
+        """Give the device's memory back, weights and cache. Requests are held and new ones queue until `wake`; those that ran
+        recompute their cache then, whatever `kv_after_update` says."""
+        if self._residence.stay is Stay.ASLEEP:
+            return
+        self._paused = True
+        await self._guard(self._engine.sleep(level=2, mode="keep"))
+        self._residence.slept()
+        self._ideal.forget()
+
+    async def wake(self) -> None:
+        """Take the memory for the cache, and go on with all requests. Refused unless weights were loaded since the sleep."""
+        if self._may_resume():
+            return  # it never slept
+        # vLLM resumes by itself once all memory is there.
+        if not await self._guard(self._engine.wake_up(["kv_cache"])):
+            raise EngineError("memory", "the engine woke up without all of its memory")
+        self._residence.woke()
+        self._paused = False
+
+    def _may_resume(self) -> bool:
+        try:
+            return self._residence.check_resume()
+        except TurnError as error:
+            raise EngineError("weights", str(error)) from error
+
     # -- inspection ------------------------------------------------------------------------------------------
 
     async def checksums(self) -> Checksums:
         """What this engine runs on, in three statements of different strength.
 
         `received` equals the trainer's `Manifest.checksum` exactly if the last segment that was completely loaded is
-        the one the trainer wrote; its bytes were hashed when it was staged. `live` hashes the parameters vLLM
+        the one the trainer wrote; its bytes were hashed when it was staged. After a collective it is the `StreamDigest`
+        of what was loaded, which the trainer computes too. `live` hashes the parameters vLLM
         still holds as tensors. On CPU the linear layers are packed into a kernel's own format and have no tensor
         any more, so `live` then covers embeddings and norms only (`live_bytes` says how much). It can be compared
         with another engine of the same kind and after a republish of the same weights, never with the trainer's
         digest. That every layer computes with the new weights is shown by `score` against the trainer's forward.
         """
+        if self._residence.stay is Stay.ASLEEP:
+            raise EngineError("weights", "the engine sleeps and holds no weights")
         per_worker = await self._rpc("gumshoe_checksums")
         received = {entry["received"] for entry in per_worker}
         if len(received) > 1:
@@ -356,6 +408,14 @@ class PolicyEngine:
             )
         if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
             raise EngineError("request", f"a token id lies outside the vocabulary of {self._vocab_size}")
+
+    def _check_layout(self, fields: Mapping[str, Any]) -> None:
+        model = self._engine.model_config
+        try:
+            wanted = expected_layout(model.model, model.dtype)
+            check_layout(from_wire(fields), wanted, optional=optional_names(model.hf_config))
+        except SegmentError as error:
+            raise EngineError("weights", str(error)) from error
 
     async def _rpc(self, method: str) -> list[Any]:
         return list(await self._guard(self._engine.collective_rpc(method)))

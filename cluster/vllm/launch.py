@@ -70,8 +70,12 @@ def build(config: EngineConfig, on_cpu: bool, kv_bytes: int | None) -> AsyncLLM:
         options["block_size"] = block_size
     if kv_bytes is not None:
         options["kv_cache_memory_bytes"] = kv_bytes
+    if config.tensor_parallel > 1:
+        # An actor sits in a placement group, and there vLLM would start its workers by Ray, which the seat has no room for.
+        options["distributed_executor_backend"] = "mp"
     if not on_cpu:
         options["gpu_memory_utilization"] = config.gpu_memory_utilization
+        options["enable_sleep_mode"] = config.sleeps  # on CPU the calls are taken and no memory is given back
     args = AsyncEngineArgs(
         model=config.model,
         dtype=dtype,
@@ -90,7 +94,7 @@ def build(config: EngineConfig, on_cpu: bool, kv_bytes: int | None) -> AsyncLLM:
         disable_log_stats=True,
         use_tqdm_on_load=False,
         worker_extension_cls="cluster.vllm.worker.WorkerExtension",
-        weight_transfer_config={"backend": "gumshoe_shm"},  # worker.BACKEND; importing it here would load the worker
+        weight_transfer_config={"backend": "gumshoe"},  # receivers.BACKEND; importing it here would load the worker
         **options,
     )
     return AsyncLLM.from_engine_args(args)

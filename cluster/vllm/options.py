@@ -36,6 +36,8 @@ class EngineConfig:
     """Seed of the engine's own generator, which samples where a request brings no seed."""
     kv_after_update: Literal["recompute", "keep"] = "recompute"
     """`keep` reuses keys and values of older weights after a publish: faster, biased."""
+    sleeps: bool = False
+    """Whether it can give its GPU back for a while; set by the run where learners share it (`layout.kind=collocated`)."""
     version: str = "initial"
     """Label of the weights the engine starts with."""
     start_timeout_s: float = 300.0

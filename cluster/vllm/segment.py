@@ -62,6 +62,10 @@ class TensorSpec:
     shape: tuple[int, ...]
     """The full (unsharded) shape, as in the checkpoint."""
 
+    @property
+    def nbytes(self) -> int:
+        return _numel(self.shape) * torch_dtype(self.dtype).itemsize
+
 
 Layout = Mapping[str, TensorSpec]
 """Every tensor of a checkpoint by name."""
@@ -174,30 +178,7 @@ class SegmentReader:
 
     def verify_layout(self, expected: Layout, *, optional: frozenset[str] = frozenset()) -> None:
         """Refuse any missing, unknown or differently shaped or typed tensor. `optional` may be there or not."""
-        missing = sorted(set(expected) - set(self.layout) - optional)
-        unknown = sorted(set(self.layout) - set(expected) - optional)
-        if missing or unknown:
-            parts = [
-                f"{label} {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-                for label, names in (("lacks", missing), ("has unknown", unknown))
-                if names
-            ]
-            raise SegmentError(f"weights do not fit the model: {self.manifest.path} {', '.join(parts)}")
-        for name, spec in self.layout.items():
-            if spec.dtype not in _DTYPES:
-                raise SegmentError(f"weights do not fit the model: {name!r} has unknown type {spec.dtype}")
-            wanted = expected.get(name)
-            if wanted is None:
-                continue
-            if spec.shape != wanted.shape:
-                raise SegmentError(
-                    f"weights do not fit the model: {name!r} has shape {list(spec.shape)}, "
-                    f"the checkpoint has {list(wanted.shape)}"
-                )
-            if spec.dtype != wanted.dtype:
-                raise SegmentError(
-                    f"weights do not fit the model: {name!r} is {spec.dtype}, the engine takes {wanted.dtype}"
-                )
+        check_layout(self.layout, expected, optional=optional, where=self.manifest.path)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and mapped tensor, in file order. A tensor keeps the mapping alive by itself."""
@@ -216,6 +197,36 @@ class SegmentReader:
             self._map.close()
 
 
+def check_layout(
+    found: Layout, expected: Layout, *, optional: frozenset[str] = frozenset(), where: str = "the learner's weights"
+) -> None:
+    """Raises SegmentError for any missing, unknown or differently shaped or typed tensor. `optional` may be there or not."""
+    missing = sorted(set(expected) - set(found) - optional)
+    unknown = sorted(set(found) - set(expected) - optional)
+    if missing or unknown:
+        parts = [
+            f"{label} {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            for label, names in (("lacks", missing), ("has unknown", unknown))
+            if names
+        ]
+        raise SegmentError(f"weights do not fit the model: {where} {', '.join(parts)}")
+    for name, spec in found.items():
+        if spec.dtype not in _DTYPES:
+            raise SegmentError(f"weights do not fit the model: {name!r} has unknown type {spec.dtype}")
+        wanted = expected.get(name)
+        if wanted is None:
+            continue
+        if spec.shape != wanted.shape:
+            raise SegmentError(
+                f"weights do not fit the model: {name!r} has shape {list(spec.shape)}, "
+                f"the checkpoint has {list(wanted.shape)}"
+            )
+        if spec.dtype != wanted.dtype:
+            raise SegmentError(
+                f"weights do not fit the model: {name!r} is {spec.dtype}, the engine takes {wanted.dtype}"
+            )
+
+
 def file_layout(path: str | Path) -> dict[str, TensorSpec]:
     """The layout of any safetensors file, read from its header alone; refuses a truncated file."""
     with Path(path).open("rb") as file:
@@ -232,6 +243,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     if dtype not in _DTYPE_NAMES:
         raise SegmentError(f"dtype {dtype} cannot be published")
     return _DTYPE_NAMES[dtype]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Inverse of `dtype_name`."""
+    if name not in _DTYPES:
+        raise SegmentError(f"dtype {name} cannot be published")
+    return _DTYPES[name]
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

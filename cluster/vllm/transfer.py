@@ -9,14 +9,16 @@ Invariants:
 - One engine's failure never changes another's outcome, unless the backend is collective and says so.
 - The version label changes only after the weights were applied and before the first token is sampled by them.
 - An engine is resumed only if its weights are known to be whole: all new (with the new label) or all old. In any
-  other case it stays held, `serving` is "unknown", and the caller must fence and restart it.
+  other case it stays held: `serving` is "held" if it can be sent to again (a collective that broke), else "unknown", and
+  then the caller must fence and restart it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -90,10 +92,22 @@ class Transport(Protocol):
         """The first phase whose failure can leave an engine's weights half old and half new."""
         ...
 
+    @property
+    def resendable(self) -> bool:
+        """Whether an engine that gave an update up half-way takes a whole one afterwards."""
+        ...
+
     def init_info(self, index: int, num_engines: int) -> Mapping[str, Any]: ...
-    def update_info(self, index: int) -> Mapping[str, Any]: ...
+    def stage_info(self, index: int) -> Mapping[str, Any]:
+        """What STAGE is to check."""
+        ...
+
+    def updates(self, index: int) -> AsyncGenerator[Mapping[str, Any], None]:
+        """What UPDATE tells the engine, one call after the other."""
+        ...
+
     async def send(self) -> None:
-        """The trainer's part of UPDATE, run beside the engines' part."""
+        """The trainer's part of UPDATE, run beside the engines' part. Returns when everything was sent."""
         ...
 
 
@@ -101,18 +115,23 @@ class Transport(Protocol):
 class ShmTransport:
     """Weights lie in a segment that the engines map: each pulls by itself, nothing is sent."""
 
-    manifest: Manifest
-    """What `ShmWriter.write` returned."""
+    manifest: Manifest | Sequence[Manifest]
+    """What `ShmWriter.write` returned; one per engine where they lie on several nodes."""
     verify_in_worker: bool = False
     """Let the worker hash the bytes again inside the pause, beside the check at STAGE."""
     collective: bool = False
+    resendable: bool = False
     unsafe_from: Phase = Phase.FINISH
 
     def init_info(self, index: int, num_engines: int) -> Mapping[str, Any]:
         return {}
 
-    def update_info(self, index: int) -> Mapping[str, Any]:
-        return {"manifest": self.manifest.to_dict(), "verify_checksum": self.verify_in_worker}
+    def stage_info(self, index: int) -> Mapping[str, Any]:
+        manifest = self.manifest if isinstance(self.manifest, Manifest) else self.manifest[index]
+        return {"manifest": manifest.to_dict(), "verify_checksum": self.verify_in_worker}
+
+    async def updates(self, index: int) -> AsyncGenerator[Mapping[str, Any], None]:
+        yield self.stage_info(index)
 
     async def send(self) -> None:
         return None
@@ -135,16 +154,22 @@ class Deadlines:
         return float(getattr(self, f"{phase.value}_s"))
 
 
+Serving = Literal["new", "old", "held", "unknown"]
+
+
 @dataclass(frozen=True)
 class EngineResult:
     """How the publish went for one engine."""
 
     ok: bool
     """Whether it samples with the new weights under the new label."""
-    serving: Literal["new", "old", "unknown"]
-    """Which weights it samples with now; "unknown": it is held or gone and must be restarted."""
+    serving: Serving
+    """Which weights it samples with now; "held": none, but it answers and can be sent to again; "unknown": it is gone or
+    its weights are in doubt, and it must be restarted."""
     failed_phase: Phase | None = None
     """Where it failed."""
+    own_fault: bool = True
+    """Whether it failed by itself, not because another engine or the sender did."""
     reason: str = ""
     """Why, in one line."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -208,7 +233,7 @@ async def _in_step(tracks: Sequence[_Track], transport: Transport, limits: Deadl
         lost = [track for track in tracks if track.failed_phase is not None]
         if lost and PHASES.index(phase) < PHASES.index(Phase.FINISH):
             reason = f"another engine failed in {lost[0].failed_phase}: {lost[0].reason}"
-            await asyncio.gather(*(track.fail(phase, reason) for track in tracks if track not in lost))
+            await asyncio.gather(*(track.fail(phase, reason, own=False) for track in tracks if track not in lost))
             return
 
 
@@ -218,7 +243,7 @@ async def _send(tracks: Sequence[_Track], transport: Transport, limit_s: float) 
             await transport.send()
     except Exception as error:
         reason = _reason(error, Phase.UPDATE, limit_s)
-        await asyncio.gather(*(track.fail(Phase.UPDATE, reason) for track in tracks))
+        await asyncio.gather(*(track.fail(Phase.UPDATE, reason, own=False) for track in tracks))
 
 
 class _Track:
@@ -237,17 +262,19 @@ class _Track:
         self.reason = ""
         self._engine = engine
         self._limits = limits
-        self._unsafe_from = transport.unsafe_from
-        self._serving: Literal["new", "old", "unknown"] = "old"
+        self._transport = transport
+        self._index = index
+        self._own_fault = True
+        self._serving: Serving = "old"
         self._seconds: dict[str, float] = {}
         self._paused_at: float | None = None
         self._pause_ms = 0.0
         self._calls: dict[Phase, Callable[[], Awaitable[None]]] = {
             Phase.INIT: lambda: engine.init_weight_transfer(transport.init_info(index, num_engines)),
-            Phase.STAGE: lambda: engine.stage_weights(transport.update_info(index)),
+            Phase.STAGE: lambda: engine.stage_weights(transport.stage_info(index)),
             Phase.PAUSE: engine.pause,
             Phase.START: engine.start_weight_update,
-            Phase.UPDATE: lambda: engine.update_weights(transport.update_info(index)),
+            Phase.UPDATE: self._update,
             Phase.FINISH: engine.finish_weight_update,
             Phase.LABEL: lambda: engine.set_version(version),
             Phase.RESUME: engine.resume,
@@ -273,20 +300,26 @@ class _Track:
             self._serving = "new"
             self._end_pause()
 
-    async def fail(self, phase: Phase, reason: str) -> None:
+    async def fail(self, phase: Phase, reason: str, *, own: bool = True) -> None:
         """Note the first failure and, where the old weights are whole, go on with them."""
         if self.failed_phase is not None:
             return
-        self.failed_phase, self.reason = phase, reason
+        self.failed_phase, self.reason, self._own_fault = phase, reason, own
+        if phase is Phase.INIT and own and self._transport.resendable:
+            self._own_fault = not await self._aborted()  # who answers was kept waiting by another
         if phase in _BEFORE_PAUSE:
             return
         self._serving = "unknown"
-        if PHASES.index(phase) >= PHASES.index(self._unsafe_from):
+        if PHASES.index(phase) >= PHASES.index(self._transport.unsafe_from):
+            if self._transport.resendable and await self._aborted():
+                self._serving = "held"
             return
         try:
             if phase is not Phase.PAUSE:
                 async with asyncio.timeout(self._limits.start_s):
                     await self._engine.abort_weight_update()
+                if self._transport.resendable:
+                    self._serving = "held"  # should it not go on: an engine that slept has no old weights
             async with asyncio.timeout(self._limits.resume_s):
                 await self._engine.resume()
         except Exception as error:
@@ -302,10 +335,25 @@ class _Track:
             ok=self.failed_phase is None,
             serving=self._serving,
             failed_phase=self.failed_phase,
+            own_fault=self._own_fault,
             reason=self.reason,
             seconds={str(phase): value for phase, value in self._seconds.items()},
             pause_ms=self._pause_ms,
         )
+
+    async def _aborted(self) -> bool:
+        """Whether the engine answers, and has left the group and the update."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(self._limits.start_s):
+                await self._engine.abort_weight_update()
+            return True
+        return False
+
+    async def _update(self) -> None:
+        # Closed at once when the engine fails, so that a sender which feeds it hears of that.
+        async with contextlib.aclosing(self._transport.updates(self._index)) as updates:
+            async for info in updates:
+                await self._engine.update_weights(info)
 
     def _end_pause(self) -> None:
         if self._paused_at is not None:

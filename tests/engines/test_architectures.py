@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from agents.learning.model import load_model, named_weights_for_publish, stack_experts
+from agents.learning.model import load_model, named_weights_for_publish
+from agents.learning.weights import stack_experts
 from cluster.config import ROOT, load_config
 from cluster.model import resolve
 from cluster.schema import RunConfig

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from gumshoe import ROOT
 from retrieval.engine import Found, Queries, merge
 from retrieval.errors import IndexMismatch, RetrievalError
-from retrieval.faiss_config import Estimate, FaissConfig, built, estimate, factory
-from retrieval.faiss_index import FaissEngine, build, load
+from retrieval.faiss_config import Estimate, FaissConfig, built, check_gpu, estimate, factory
+from retrieval.faiss_index import FaissEngine, build, check, load
 
 APPROXIMATE = {
     "sq8": FaissConfig("sq8"),
@@ -232,6 +232,41 @@ def test_gpus_find_what_the_cpu_finds(index: str, tmp_path: Path, monkeypatch: p
     assert len(engine.search(ask(queries[:1]), 3000)[0].rows_K) <= 2048
 
 
+@pytest.mark.parametrize(
+    "string, message",
+    [
+        ("HNSW32,Flat", "HNSW32,Flat cannot be searched on a GPU; set faiss.device to cpu"),
+        ("SQ8", "SQ8 cannot be searched on a GPU"),
+        ("IVF64,PQ128x8", r"8-bit codes, 1, 2, .* 96 per vector; build it with faiss.pq_bits=8 and faiss.pq_m=96"),
+        ("IVF64,PQ16x4", "faiss.pq_bits=8 and faiss.pq_m=16"),
+        ("IVF4096_HNSW32,Flat", "cannot be searched on a GPU"),
+    ],
+)
+def test_what_faiss_would_leave_on_the_cpu_or_has_no_kernel_for_is_refused(string: str, message: str) -> None:
+    with pytest.raises(RetrievalError, match=message) as caught:
+        check_gpu(FaissConfig(string, device="gpu"), string, 384)
+    assert "\n" not in str(caught.value)
+
+
+def test_gpus_take_the_kinds_they_know() -> None:
+    for string in (
+        "Flat",
+        "IVF64,Flat",
+        "IVF4k,SQ8",
+        "OPQ32_64,IVF64,PQ32",
+        "PCA64,Flat",
+        "IVF64,SQfp16",
+        "IVF64,PQ96x8",
+    ):
+        check_gpu(FaissConfig(string, device="gpu"), string, 384)
+    with pytest.raises(RetrievalError, match="nprobe is 4096; on a GPU it is at most 2048"):
+        check_gpu(FaissConfig("ivf_flat", nprobe=4096, device="gpu"), "IVF9000,Flat", 384)
+    # 1024 dimensions make 128 codes of 8 bits by default, which no GPU kernel has: known before anything is encoded
+    with pytest.raises(RetrievalError, match=r"faiss\.pq_m=64"):
+        check(FaissConfig("ivf_pq", device="gpu"), 100_000, 1024)
+    check(FaissConfig("ivf_pq"), 100_000, 1024)
+
+
 def test_bad_settings_are_refused_and_automatic_ones_follow_their_rule() -> None:
     for bad, message in [
         ({"index": "magic"}, "'magic' is unknown; known: flat, sq8"),
@@ -269,4 +304,4 @@ def test_estimates_by_hand() -> None:
     sq8 = estimate(FaissConfig("sq8", keep_vectors=False), 1_000_000, 768)
     assert sq8.memory_bytes == sq8.disk_bytes == 768_000_000 + 8 * 768
     assert sq8.build_bytes == sq8.memory_bytes + 65_536 * 3072
-    assert estimate(FaissConfig(device="gpu"), 1_000_000, 768).gpu_bytes == 1_536_000_000 + 2**30
+    assert estimate(FaissConfig(device="gpu"), 1_000_000, 768).gpu_bytes == 1_536_000_000 + 3 * 2**29

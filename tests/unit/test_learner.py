@@ -1,12 +1,9 @@
-"""The learner: equal to a plain loop, on one rank or two, restartable, and clear about bad input."""
+"""The learner: equal to a plain loop, restartable, and clear about bad input. Several ranks: `tests/engines/test_learner_ranks.py`."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-import gumshoe
 from agents.learning.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from agents.learning.config import CriticConfig, LearnerConfig, LoraConfig, LossConfig, learning_rate
+from agents.learning.config import LearnerConfig, LoraConfig, LossConfig, learning_rate
 from agents.learning.learner import PHASES, Learner
-from agents.learning.model import ModelError, PolicyModel, load_model, stack_experts
+from agents.learning.model import ModelError, PolicyModel, load_model
 from agents.learning.packing import pack
 from agents.learning.scorer import ReferenceScorer
 from agents.learning.stopwatch import Stopwatch
-from tests.learning_tools import ppo_learner, random_samples, rewarded, save_tiny, tiny_qwen3
+from agents.learning.weights import stack_experts
+from tests.learning_tools import random_samples, save_tiny, tiny_qwen3
 from tests.reference_loop import reference_optimizer, reference_step
 
 # AdamW divides small gradients by their size, which would blow rounding errors up: a larger epsilon keeps comparisons sharp.
@@ -328,124 +325,6 @@ def test_experts_are_stacked_when_asked_for_and_a_checkpoint_of_them_goes_on(tmp
     resumed = Learner(load_model(tmp_path / "m"), SMALL)
     load_checkpoint(tmp_path / "c", resumed)
     assert resumed.step(random_samples(4, seed=1))["loss"] == learner.step(random_samples(4, seed=1))["loss"]
-
-
-# --------------------------------------------------------------------------------------------------- two ranks
-
-TWO_RANKS = """
-import os, sys, torch, torch.distributed as dist
-from dataclasses import replace
-from agents.learning.config import CriticConfig, LearnerConfig, LossConfig
-from agents.learning.learner import PHASES, Learner
-from agents.learning.model import PolicyModel
-from agents.learning.scorer import ReferenceScorer
-from agents.learning.stopwatch import Stopwatch
-from agents.learning.shard import apply_fsdp
-from agents.sharding import shard
-from agents.learning.checkpoint import load_checkpoint, save_checkpoint
-from tests.learning_tools import ppo_learner, random_samples, rewarded, tiny_qwen3
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-config = LearnerConfig(max_tokens_per_microbatch=100, adam_eps=1e-5, lr=1e-3)
-out = {}
-for kind in ("replicas", "fsdp"):
-    model = PolicyModel(tiny_qwen3(), config)
-    learner = Learner(apply_fsdp(model) if kind == "fsdp" else model, config)
-    rows = []
-    for step in range(3):
-        mine = shard(random_samples(9, seed=step), rank, 2)
-        if step == 1:
-            learner.score(mine)  # a forward-only pass in between must leave no stale weights
-        if step == 2 and rank == 1:
-            mine = []
-        elif step == 2:
-            mine = random_samples(9, seed=step)
-        rows.append(learner.step(mine))
-    out[kind] = {"metrics": rows, "weights": dict(learner.weights())}
-    if kind == "fsdp":
-        given, state_dict = [], learner.state_dict
-        learner.state_dict = lambda **kwargs: given.append(state_dict(**kwargs)) or given[-1]
-        save_checkpoint(f"{folder}/ckpt", learner)
-        kept = sum(v.numel() for values in given[0]["optimizer"].values() for v in values.values())
-        parameters = sum(p.numel() for p in learner.model.parameters())
-        assert kept == (0 if rank else 2 * parameters + len(given[0]["optimizer"])), kept  # one rank holds the moments
-        assert "model" not in given[0]  # and nobody the weights a second time
-        fresh = Learner(apply_fsdp(PolicyModel(tiny_qwen3(1), config)), config)
-        load_checkpoint(f"{folder}/ckpt", fresh)
-        out["resumed"] = [fresh.step(shard(random_samples(9, seed=3), rank, 2))]
-        out["straight"] = [learner.step(shard(random_samples(9, seed=3), rank, 2))]
-critic = CriticConfig(lr=1e-2, gamma=0.9, lam=0.8, pretrain_steps=1)
-for kind in ("head", "model"):
-    for wrap in (apply_fsdp, lambda model: model):
-        learner = ppo_learner(kind, replace(config, critic=critic), wrap)
-        rows = [learner.step(shard(rewarded(9, seed=0), rank, 2)), learner.step(rewarded(9, seed=1) if rank == 0 else [])]
-        if wrap is apply_fsdp:
-            save_checkpoint(f"{folder}/{kind}", learner)
-            learner = ppo_learner(kind, replace(config, critic=critic), wrap)
-            load_checkpoint(f"{folder}/{kind}", learner)
-        rows.append(learner.step(shard(rewarded(9, seed=2), rank, 2)))
-        out[f"{kind}-{wrap.__name__}"] = {"metrics": rows, "critic": learner.critic.state_dict()["model"]}
-if rank == 0:
-    torch.save(out, f"{folder}/out.pt")
-dist.destroy_process_group()
-sys.stdout.flush()
-os._exit(0)  # gloo's threads may abort an interpreter that unwinds; what is tested is done
-"""
-
-
-def test_two_gloo_ranks_equal_one(tmp_path: Path) -> None:
-    """Replicated and FSDP2 ranks: loss, gradient norm and gathered weights as on one rank; the checkpoint loads on one."""
-    script = tmp_path / "ranks.py"
-    script.write_text(TWO_RANKS)
-    env = {**os.environ, **gumshoe.child_env(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(gumshoe.ROOT)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path)], env=env, cwd=gumshoe.ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    config = replace(SMALL, lr=1e-3)
-    one = Learner(tiny_qwen3(), config)
-    expected = [one.step(random_samples(9, seed=step)) for step in range(3)]
-    try:
-        for process in ranks:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()
-    found = torch.load(tmp_path / "out.pt", weights_only=True)
-    shared = (
-        "loss",
-        "grad_norm",
-        "entropy",
-        "mismatch/kl_k3",
-        "ratio/mean",
-        "ratio/p99",
-        "ratio/max",
-        "learner/tokens",
-    )
-    for kind in ("replicas", "fsdp"):
-        for row, want in zip(found[kind]["metrics"], expected, strict=True):
-            assert {n: row[n] for n in shared} == pytest.approx({n: want[n] for n in shared}, rel=1e-5, abs=1e-5)
-        for name, weight in one.weights():
-            torch.testing.assert_close(found[kind]["weights"][name], weight, atol=1e-5, rtol=1e-5)
-    for kind in ("head", "model"):
-        critic = CriticConfig(lr=1e-2, gamma=0.9, lam=0.8, pretrain_steps=1)
-        one = ppo_learner(kind, replace(config, critic=critic))
-        expected = [one.step(rewarded(9, seed=step)) for step in range(3)]
-        names = ("loss", "grad_norm", *(n for n in expected[0] if n.startswith(("value/", "gae/"))))
-        for key in (f"{kind}-apply_fsdp", f"{kind}-<lambda>"):
-            for row, want in zip(found[key]["metrics"], expected, strict=True):
-                assert {n: row[n] for n in names} == pytest.approx({n: want[n] for n in names}, rel=1e-4, abs=1e-5)
-            for name, weight in one.critic.state_dict()["model"].items():
-                torch.testing.assert_close(found[key]["critic"][name], weight, atol=1e-5, rtol=1e-4)
-    assert found["resumed"][0]["loss"] == pytest.approx(found["straight"][0]["loss"], abs=1e-6)
-    alone = Learner(tiny_qwen3(1), config)
-    load_checkpoint(tmp_path / "ckpt", alone)
-    assert alone.step(random_samples(9, seed=3))["loss"] == pytest.approx(found["straight"][0]["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])

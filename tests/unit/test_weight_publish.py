@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +133,18 @@ class Broadcast:
     collective = True
     unsafe_from = Phase.UPDATE
 
-    def __init__(self) -> None:
+    def __init__(self, resendable: bool = False) -> None:
         self.sent = 0
+        self.resendable = resendable
 
     def init_info(self, index: int, num_engines: int) -> Mapping[str, Any]:
         return {"rank_offset": 1 + index, "world_size": 1 + num_engines}
 
-    def update_info(self, index: int) -> Mapping[str, Any]:
+    def stage_info(self, index: int) -> Mapping[str, Any]:
         return {}
+
+    async def updates(self, index: int) -> AsyncGenerator[Mapping[str, Any], None]:
+        yield {}
 
     async def send(self) -> None:
         self.sent += 1
@@ -154,6 +158,7 @@ async def test_a_collective_sends_once_and_only_if_all_are_ready() -> None:
     assert transport.sent == 1
     assert {result.serving for result in report.results.values()} == {"old"}
     assert "another engine failed in start" in report.results["a"].reason
+    assert report.results["b"].own_fault and not report.results["a"].own_fault
 
 
 async def test_a_collective_that_breaks_while_sending_leaves_nobody_trusted() -> None:
@@ -161,3 +166,22 @@ async def test_a_collective_that_breaks_while_sending_leaves_nobody_trusted() ->
     report = await publish(engines, Broadcast(), "v", QUICK)
     assert {result.serving for result in report.results.values()} == {"unknown"}
     assert all("resume" not in engine.calls for engine in engines.values())
+
+
+async def test_after_a_broken_collective_who_answers_is_held_for_the_next_and_who_does_not_is_given_up() -> None:
+    engines = {"a": Engine(fails="update_weights"), "b": Engine(hangs="update_weights"), "c": Engine()}
+
+    async def deaf(*_: Any) -> None:
+        raise RuntimeError("the process has died")
+
+    engines["b"].abort_weight_update = deaf
+    report = await publish(engines, Broadcast(resendable=True), "v", QUICK)
+    assert {name: result.serving for name, result in report.results.items()} == {
+        "a": "held",
+        "b": "unknown",
+        "c": "held",
+    }
+    assert all("resume" not in engine.calls for engine in engines.values()), "half-new weights sampled"
+    assert not report.results["c"].own_fault
+    again = await publish({"a": Engine(), "c": Engine()}, Broadcast(resendable=True), "v", QUICK)
+    assert again.ok

@@ -1,0 +1,138 @@
+"""A run whose storage is an object store: its folder is on this machine, and is copied to the store as it grows.
+
+An object store knows no appending, so files are copied whole when they have changed; every `EVERY_S`, and at the end. Checkpoints go up
+by themselves, each as soon as it is whole (`push_checkpoint`), from the node of the learner that wrote it. Invariants: what is in the store
+is at most `EVERY_S` behind, and any state of it can be gone on from, since a ledger and a checkpoint need not be of the same moment; a copy
+on this machine that is not what was copied last is replaced by the store's, since the run went on elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from cluster.errors import UserError, one_line
+from cluster.storage import ObjectStore
+
+EVERY_S = 30.0
+MARK = "mirror.json"
+"""Names the copy that was made last, here and in the store."""
+CHECKPOINTS = "checkpoints"
+_MANIFEST = "manifest.json"
+"""A checkpoint that has one is whole (`agents.learning.checkpoint`)."""
+_NOT_COPIED = (f"{CHECKPOINTS}/", "index/", "ray_train/", MARK)
+"""Checkpoints go by themselves, an index is built anew or shipped, and Ray Train writes to the store."""
+
+
+@contextlib.contextmanager
+def mirrored(folder: Path, uri: str, *, every_s: float = EVERY_S) -> Iterator[None]:
+    """Copies a run's folder to `uri` while the block runs, and once more at its end."""
+    mirror = Mirror(folder, uri)
+    mirror.push()
+    over = threading.Event()
+
+    def follow() -> None:
+        while not over.wait(every_s):
+            try:
+                mirror.push()
+            except (UserError, OSError) as error:  # the next time may do; the end of the run tells if not
+                print(f"gumshoe: {one_line(error)}; it is tried again", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=follow, name="gumshoe-mirror", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        mirror.push()
+
+
+class Mirror:
+    """The way of a folder to the store."""
+
+    def __init__(self, folder: Path, uri: str) -> None:
+        self._folder = folder
+        self._parent, _, self._name = uri.rstrip("/").rpartition("/")
+        self._store = ObjectStore(self._parent)
+        self._copied: dict[str, tuple[int, int]] = {}
+
+    def push(self) -> int:
+        """Copies what has changed since the last time; returns how many files. Raises UserError when the store does not take them."""
+        found = {
+            p.relative_to(self._folder).as_posix(): (p.stat().st_size, p.stat().st_mtime_ns)
+            for p in sorted(self._folder.rglob("*"))
+            if p.is_file() and not p.name.startswith(".part-")
+        }
+        changed = [n for n, s in found.items() if self._copied.get(n) != s and not n.startswith(_NOT_COPIED)]
+        if not changed:
+            return 0
+        mark = json.dumps({"copy": secrets.token_hex(8)}).encode()
+        self._store.upload(self._folder, self._name, changed)
+        self._store.write(f"{self._name}/{MARK}", mark)
+        (self._folder / MARK).write_bytes(mark)
+        self._copied |= {n: found[n] for n in changed}
+        return len(changed)
+
+
+def holds(uri: str, file: str) -> bool:
+    """Whether the store has that file of a run."""
+    parent, _, name = uri.rstrip("/").rpartition("/")
+    return ObjectStore(parent).read(f"{name}/{file}") is not None
+
+
+def fetch(uri: str, folder: Path) -> bool:
+    """Brings a run's folder here to go on with it, without checkpoints; returns whether the store's copy replaced the one here."""
+    parent, _, name = uri.rstrip("/").rpartition("/")
+    store = ObjectStore(parent)
+    mark = store.read(f"{name}/{MARK}")
+    if mark is None or ((folder / MARK).is_file() and (folder / MARK).read_bytes() == mark):
+        return False
+    part = folder.with_name(f".part-{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    store.download(name, part, [n for n in store.sizes(name) if not n.startswith(_NOT_COPIED)])
+    (part / MARK).write_bytes(mark)
+    if folder.exists():
+        shutil.rmtree(folder)
+    part.rename(folder)
+    return True
+
+
+def push_checkpoint(folder: Path, uri: str, keep: int) -> None:
+    """Copies a checkpoint that is whole below `uri`, and removes all but the newest `keep` there."""
+    store = ObjectStore(uri)
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    store.upload(folder, folder.name, names, last=_MANIFEST)
+    for old in _whole(store)[:-keep]:
+        store.delete(old)
+
+
+def pull_checkpoint(uri: str, folder: Path) -> None:
+    """Brings the newest whole checkpoint below `uri` into `folder`, unless it is there."""
+    store = ObjectStore(uri)
+    for name in _whole(store)[-1:]:
+        if (folder / name / _MANIFEST).is_file():
+            return
+        part = folder / f".part-{name}"
+        shutil.rmtree(part, ignore_errors=True)
+        store.download(name, part, store.sizes(name))
+        shutil.rmtree(folder / name, ignore_errors=True)
+        part.rename(folder / name)
+
+
+def newest_checkpoint(uri: str) -> str:
+    """URI of the newest whole checkpoint below `uri`; empty when there is none."""
+    return next((f"{uri}/{name}" for name in reversed(_whole(ObjectStore(uri)))), "")
+
+
+def _whole(store: ObjectStore) -> list[str]:
+    """Names of the checkpoints that are whole, the oldest first."""
+    return sorted(
+        n.removesuffix(f"/{_MANIFEST}") for n in store.sizes() if n.count("/") == 1 and n.endswith(f"/{_MANIFEST}")
+    )

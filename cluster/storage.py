@@ -1,0 +1,182 @@
+"""Storage: a folder that every node sees, or an object store behind a URI; and the proof that a folder is what it should be.
+
+`file://` and plain paths are folders. Any other URI (`s3://`, `gs://`, `hdfs://`, or what fsspec knows) is an object store, reached by
+`pyarrow.fs`: nothing is appended to there, files are copied whole. Invariants: a file that marks others as whole is copied last; what
+cannot be reached is one line that names the URI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from cluster.errors import UserError, one_line
+from cluster.nodes import Answer, Node, on_each
+
+CHUNK_BYTES = 8 << 20
+_PROBE = ".gumshoe-probe-"
+_PROBE_S = 5.0
+"""A network file system may show a new file some seconds late."""
+
+
+def is_object_store(path: str) -> bool:
+    """Whether `path` names something that is no folder to this machine."""
+    return "://" in path and urlsplit(path).scheme != "file"
+
+
+def folder_path(path: str) -> Path:
+    """A plain path or a `file://` URI as a path."""
+    return Path(unquote(urlsplit(path).path)) if path.startswith("file://") else Path(path).expanduser()
+
+
+def join(uri: str, *names: str) -> str:
+    return "/".join([uri.rstrip("/"), *names])
+
+
+class ObjectStore:
+    """Files below a URI."""
+
+    def __init__(self, uri: str) -> None:
+        """Raises UserError for a URI that nothing here can open; nothing is asked of the store yet."""
+        self.uri = uri.rstrip("/")
+        self.filesystem, self.path = _opened(self.uri)
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """Bytes of every file below, by its name relative to `below`; empty when there is nothing."""
+        from pyarrow import fs
+
+        base = self._at(below)
+        with self._trouble("list"):
+            found = self.filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
+        return {i.path[len(base) :].lstrip("/"): int(i.size or 0) for i in found if i.type == fs.FileType.File}
+
+    def read(self, name: str) -> bytes | None:
+        """A small file's content; None where there is none."""
+        with self._trouble("read"):
+            try:
+                with self.filesystem.open_input_stream(self._at(name)) as stream:
+                    return bytes(stream.read())
+            except FileNotFoundError:
+                return None
+
+    def write(self, name: str, content: bytes) -> None:
+        self._copy_in(name, iter([content]))
+
+    def upload(self, folder: Path, below: str, names: Iterable[str], *, last: str = "") -> None:
+        """Copies files of a folder; the one named `last` when all others are there."""
+        ordered = sorted(names, key=lambda n: (n == last, n))
+        for name in ordered:
+            with open(folder / name, "rb") as file:
+                self._copy_in(f"{below}/{name}", iter(lambda: file.read(CHUNK_BYTES), b""))
+
+    def download(self, below: str, folder: Path, names: Iterable[str]) -> None:
+        """Copies files into a folder, each of them whole or not at all."""
+        for name in names:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".part-{target.name}")
+            with (
+                self._trouble("read"),
+                self.filesystem.open_input_stream(self._at(f"{below}/{name}")) as source,
+                open(part, "wb") as file,
+            ):
+                while chunk := source.read(CHUNK_BYTES):
+                    file.write(chunk)
+            part.replace(target)
+
+    def delete(self, below: str) -> None:
+        """Removes all files below; what is not there need not be removed."""
+        with self._trouble("delete from"), contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_dir(self._at(below))
+
+    def check(self) -> None:
+        """Whether a file can be written, read and removed. Raises UserError."""
+        name, token = f"{_PROBE}{secrets.token_hex(8)}", secrets.token_bytes(8)
+        self.write(name, token)
+        found = self.read(name)
+        with self._trouble("delete from"):
+            self.filesystem.delete_file(self._at(name))
+        if found != token:
+            raise UserError(f"{self.uri} does not give back what was written to it; choose another storage_path")
+
+    def _copy_in(self, name: str, chunks: Iterator[bytes]) -> None:
+        target = self._at(name)
+        with self._trouble("write"):
+            self.filesystem.create_dir(
+                target.rpartition("/")[0], recursive=True
+            )  # an object store has none, and says nothing
+            with self.filesystem.open_output_stream(target) as stream:
+                for chunk in chunks:
+                    stream.write(chunk)
+
+    def _at(self, name: str) -> str:
+        return f"{self.path}/{name}".rstrip("/") if name else self.path
+
+    @contextlib.contextmanager
+    def _trouble(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except OSError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"cannot {what} {self.uri}: {reason}; correct storage_path, or give this machine the right to it"
+            ) from error
+
+
+def _opened(uri: str) -> tuple[Any, str]:
+    """Filesystem of pyarrow, and the path in it."""
+    from pyarrow import fs
+
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+        return filesystem, str(path)
+    except Exception as first:
+        try:
+            import fsspec
+
+            known, path = fsspec.core.url_to_fs(uri)
+        except Exception as error:
+            raise UserError(
+                f"storage_path {uri} cannot be opened ({one_line(first)[:120]}; fsspec: {one_line(error)[:120]}); correct it, or install what "
+                "its scheme needs"
+            ) from None
+        return fs.PyFileSystem(fs.FSSpecHandler(known)), str(path)
+
+
+def prove_shared(folder: Path, nodes: Sequence[Node], ask: Callable[..., list[Answer]] = on_each) -> None:
+    """Raises UserError unless every node reads what this process writes into the folder. `nodes`: all, that of this process first."""
+    if len(nodes) < 2:
+        return
+    token = secrets.token_hex(16)
+    probe = folder / f"{_PROBE}{token[:8]}"
+    probe.write_text(token, encoding="utf-8")
+    try:
+        answers = ask(nodes[1:], read_probe, str(probe))
+    finally:
+        probe.unlink(missing_ok=True)
+    blind = [a for a in answers if a.value != token]
+    if blind:
+        why = blind[0].problem or "there is no such file"
+        more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
+        raise UserError(
+            f"storage_path {folder} is not shared: node {blind[0].node.name} ({blind[0].node.id[:8]}){more} of {len(nodes)} does not see what the "
+            f"driver writes there ({why}); give a folder that all nodes mount, or a URI such as s3://bucket/runs"
+        )
+
+
+def read_probe(path: str, patience_s: float = _PROBE_S) -> str:
+    """The content of a file that may be visible only soon; empty when it is not. Runs on other nodes."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        with contextlib.suppress(OSError):
+            return Path(path).read_text(encoding="utf-8")
+        if time.monotonic() >= deadline:
+            return ""
+        time.sleep(0.2)

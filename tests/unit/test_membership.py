@@ -1,0 +1,116 @@
+"""Ranks, epochs and the choice of a transport, without anybody to talk to."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import UserError
+from cluster.membership import EpochGuard, Member, Membership, Place, StaleEpoch, choose
+
+A, B, C = Member("a", 1), Member("b", 2), Member("c", 4)
+
+
+def test_an_engine_begins_after_all_workers_of_those_before_it_whatever_their_sizes() -> None:
+    epoch = Membership().agree("learner", [A, B, C, Member("d", 1)])
+    assert [epoch.rank_offset(i) for i in range(4)] == [1, 2, 4, 8]
+    assert epoch.world_size == 9
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 8), max_size=6))
+def test_every_worker_has_a_rank_of_its_own_and_none_is_left_out(sizes: list[int]) -> None:
+    epoch = Membership().agree("learner", [Member(str(i), n) for i, n in enumerate(sizes)])
+    ranks = [0] + [epoch.rank_offset(i) + worker for i, n in enumerate(sizes) for worker in range(n)]
+    assert ranks == list(range(epoch.world_size))
+
+
+def test_an_epoch_lasts_until_somebody_comes_or_goes_or_it_breaks() -> None:
+    membership = Membership()
+    first = membership.agree("learner", [A, B])
+    assert membership.agree("learner", [A, B]) is first
+    left = membership.agree("learner", [A])
+    joined = membership.agree("learner", [A, C])
+    restarted = membership.agree("learner again", [A, C])
+    membership.disband()
+    anew = membership.agree("learner again", [A, C])
+    numbers = [epoch.number for epoch in (first, left, joined, restarted, anew)]
+    assert numbers == sorted(set(numbers)), "a number stood for two groups"
+    assert left.world_size == 2 and joined.rank_offset(1) == 2
+
+
+def test_an_engine_that_changed_its_size_is_another_member() -> None:
+    membership = Membership()
+    assert membership.agree("s", [Member("a", 1)]).number != membership.agree("s", [Member("a", 2)]).number
+
+
+def test_a_number_goes_on_where_an_earlier_fleet_ended() -> None:
+    assert Membership(41).agree("learner", [A]).number == 42
+
+
+def test_a_stale_epoch_is_refused_on_both_sides() -> None:
+    membership = Membership()
+    old = membership.agree("learner", [A, B])
+    new = membership.agree("learner", [A])
+    assert membership.current(new.number) is new
+    with pytest.raises(StaleEpoch, match=f"epoch {old.number} is over"):
+        membership.current(old.number)
+    membership.disband()
+    with pytest.raises(StaleEpoch):
+        membership.current(new.number)
+
+    guard = EpochGuard()
+    guard.enter(old.number)
+    guard.check(old.number)
+    guard.enter(new.number)
+    guard.enter(new.number)  # the same group, told twice
+    with pytest.raises(StaleEpoch, match=f"which epoch {new.number} has replaced"):
+        guard.enter(old.number)
+    with pytest.raises(StaleEpoch, match=f"this engine is in epoch {new.number}"):
+        guard.check(old.number)
+
+
+HERE, THERE = Place("n1"), Place("n2")
+GPU0, GPU1, OTHER = Place("n1", ("gpu-0",)), Place("n1", ("gpu-1",)), Place("n2", ("gpu-7", "gpu-8"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "learner", "engines", "kind"),
+    [
+        ("auto", HERE, [HERE, HERE], "shm"),
+        ("auto", HERE, [], "shm"),
+        ("auto", HERE, [HERE, THERE], "relay"),
+        ("auto", HERE, [Place()], "shm"),  # an engine that tells nothing
+        ("auto", HERE, [GPU0], "shm"),  # a learner on CPU has nothing to broadcast from
+        ("auto", GPU0, [GPU0], "ipc"),
+        ("auto", GPU0, [GPU1, OTHER], "nccl"),
+        ("auto", GPU0, [HERE], "shm"),
+        ("gloo", HERE, [HERE, THERE], "gloo"),
+        ("relay", HERE, [HERE], "relay"),
+        ("nccl", GPU0, [OTHER], "nccl"),
+    ],
+)
+def test_the_transport_follows_from_where_everybody_sits(
+    asked: str, learner: Place, engines: list[Place], kind: str
+) -> None:
+    assert choose(asked, learner, {f"sampler-{i}": place for i, place in enumerate(engines)}) == kind
+
+
+@pytest.mark.parametrize(
+    ("asked", "learner", "engines", "says"),
+    [
+        ("shm", HERE, [HERE, THERE], "set fleet.transport=relay or auto"),
+        ("nccl", HERE, [HERE], "the learner has no GPU"),
+        ("nccl", GPU0, [GPU1, HERE], "sampler-1 has no GPU"),
+        ("nccl", GPU0, [GPU0], "takes a GPU once; set fleet.transport=ipc"),
+        ("ipc", GPU0, [GPU0, OTHER], "sampler-1 sits on a GPU that no learner rank uses"),
+        ("auto", GPU0, [GPU0, GPU1], "sampler-1 does not sit as the other engines do"),
+    ],
+)
+def test_a_transport_that_cannot_serve_everybody_is_refused_in_one_line(
+    asked: str, learner: Place, engines: list[Place], says: str
+) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        choose(asked, learner, {f"sampler-{i}": place for i, place in enumerate(engines)})
+    assert "\n" not in str(caught.value)

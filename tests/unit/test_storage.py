@@ -1,0 +1,208 @@
+"""Storage without a cluster: an object store (here fsspec's `local://`, which nothing takes for a folder), copies per node, a run's mirror."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import nodecache
+from cluster.config import load_config
+from cluster.errors import UserError
+from cluster.machine import check_storage
+from cluster.mirror import Mirror, newest_checkpoint, pull_checkpoint, push_checkpoint
+from cluster.nodecache import at_hand, ship
+from cluster.nodes import Answer, Node
+from cluster.preflight import check_settings
+from cluster.rundir import open_run, storage_dir
+from cluster.schema import RunConfig
+from cluster.storage import ObjectStore, is_object_store, prove_shared, read_probe
+
+NODES = [Node("a" * 8, "10.0.0.1", {}, {}), Node("b" * 8, "10.0.0.2", {}, {})]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of one's own, which is where a node's copies and an object store's runs lie."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("GUMSHOE_CACHE", raising=False)
+    monkeypatch.setattr(nodecache, "_held", {})
+    return tmp_path / "home"
+
+
+def seeing(root: Path) -> Callable[..., list[Answer]]:
+    """Asks nodes that see `root` where this machine has its disk."""
+
+    def ask(nodes: list[Node], work: Callable[[str], Any], path: str) -> list[Answer]:
+        more = (0.0,) if work is read_probe else ()
+        return [Answer(n, work(f"{root}{path}", *more)) for n in nodes]
+
+    return ask
+
+
+def folder(at: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (at / name).parent.mkdir(parents=True, exist_ok=True)
+        (at / name).write_text(text)
+    return at
+
+
+def test_a_folder_that_another_node_does_not_see_is_refused_and_one_it_sees_is_not(tmp_path: Path) -> None:
+    prove_shared(tmp_path, NODES, seeing(Path("/")))
+    with pytest.raises(
+        UserError, match=r"storage_path .* is not shared: node 10\.0\.0\.2 .* such as s3://bucket/runs"
+    ) as caught:
+        prove_shared(tmp_path, NODES, seeing(tmp_path / "elsewhere"))
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir()), "the probe is removed"
+    with pytest.raises(UserError, match="no answer within 60 s"):
+        prove_shared(tmp_path, NODES, lambda nodes, *_: [Answer(nodes[0], problem="no answer within 60 s")])
+    prove_shared(tmp_path, NODES[:1], seeing(tmp_path / "elsewhere"))
+
+
+def test_an_object_store_gives_back_what_was_put_in(tmp_path: Path) -> None:
+    store = ObjectStore(f"local://{tmp_path}/bucket")
+    assert store.sizes() == {} and store.read("a/b") is None
+    made = folder(tmp_path / "made", **{"x": "1", "sub/y": "22", "last": "333"})
+    store.upload(made, "there", ["last", "sub/y", "x"], last="last")
+    assert store.sizes("there") == {"x": 1, "sub/y": 2, "last": 3}
+    store.download("there", tmp_path / "back", store.sizes("there"))
+    assert (tmp_path / "back" / "sub" / "y").read_text() == "22"
+    store.delete("there")
+    store.delete("there")
+    assert store.sizes("there") == {}
+    check_storage(f"local://{tmp_path}/bucket")
+    assert not store.sizes(), "a check leaves nothing"
+    with pytest.raises(UserError, match="nosuch://bucket cannot be opened"):
+        check_storage("nosuch://bucket")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write local://"):
+        check_storage(f"local://{tmp_path}/file/below")
+
+
+def test_only_a_uri_that_is_no_file_is_an_object_store(tmp_path: Path) -> None:
+    assert is_object_store("s3://bucket/runs") and not is_object_store("/runs") and not is_object_store("file:///runs")
+    assert storage_dir("file:///shared/my%20runs") == Path("/shared/my runs")
+    assert storage_dir("s3://a/b") == storage_dir("s3://a/b/") != storage_dir("s3://a/c")
+
+
+def test_what_all_nodes_see_is_read_in_place_and_what_they_do_not_is_shipped(tmp_path: Path) -> None:
+    model, storage = folder(tmp_path / "model", w="weights"), tmp_path / "storage"
+    assert (
+        ship(str(model), NODES[:1], str(storage))
+        == ship(str(model), NODES, str(storage), ask=seeing(Path("/")))
+        == str(model)
+    )
+    place = ship(str(model), NODES, str(storage), ask=seeing(tmp_path / "elsewhere"))
+    assert place.startswith("file://") and ship(place, NODES, str(storage)) == place
+    copy = Path(at_hand(place))
+    assert (
+        (copy / "w").read_text() == "weights" and copy.parent == nodecache.cache_root() and at_hand(place) == str(copy)
+    )
+    store = ship(str(model), NODES, f"local://{tmp_path}/bucket", ask=seeing(tmp_path / "elsewhere"))
+    assert re.fullmatch(r"local://.*/bucket/shipped/model-\w{16}#model-\w{16}", store)
+    folder(model, w="WEIGHTS")
+    changed = ship(str(model), NODES, f"local://{tmp_path}/bucket", ask=seeing(tmp_path / "elsewhere"))
+    assert changed != store and (Path(at_hand(changed)) / "w").read_text() == "WEIGHTS"
+    index = ship(str(model), NODES, str(storage), copy=True, ask=seeing(Path("/")))
+    assert index.startswith(model.as_uri()) and at_hand(index) != str(model), "each node has a copy of its own"
+    with pytest.raises(UserError, match="does not see /nowhere"):
+        at_hand("file:///nowhere#gone")
+
+
+def _take(place: str, cache: str, out: Any) -> None:
+    os.environ["GUMSHOE_CACHE"] = cache
+    out.put((at_hand(place), (Path(at_hand(place)) / "w").stat().st_ino))
+
+
+def test_processes_of_a_node_unpack_once_and_share_the_copy(tmp_path: Path) -> None:
+    folder(tmp_path / "index", w="x" * 100_000)
+    place, context = f"{(tmp_path / 'index').as_uri()}#index-1", multiprocessing.get_context("fork")
+    out = context.SimpleQueue()
+    started = [context.Process(target=_take, args=(place, str(tmp_path / "cache"), out)) for _ in range(4)]
+    for process in started:
+        process.start()
+    assert len({out.get() for _ in started}) == 1, "one file, whoever came first"
+    for process in started:
+        process.join()
+
+
+def test_copies_in_use_stay_and_of_the_others_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodecache, "KEPT", 1)
+    for name in ("a", "b", "c"):
+        folder(tmp_path / name, w=name)
+        at_hand(f"{(tmp_path / name).as_uri()}#{name}")
+    root = nodecache.cache_root()
+    assert sorted(p.name for p in root.iterdir() if p.is_dir()) == ["a", "b", "c"], "this process uses them"
+    for lock in nodecache._held.values():
+        lock.close()
+    nodecache._held.clear()
+    at_hand(f"{(tmp_path / 'c').as_uri()}#c")
+    assert sorted(p.name for p in root.iterdir() if p.is_dir()) == ["c"]
+
+
+def test_a_run_is_copied_to_its_store_and_goes_on_from_there_elsewhere(tmp_path: Path, home: Path) -> None:
+    uri = f"local://{tmp_path}/bucket"
+    config = load_config("demo", [f"storage_path={uri}", "name=mine"], RunConfig)
+    with open_run(config) as run:
+        folder(
+            run.path,
+            **{"ledger.jsonl": "one\n", "index/big": "not copied", "checkpoints/step-000001/w": "goes by itself"},
+        )
+        assert run.uri == f"{uri}/mine" and run.path.is_relative_to(home)
+    assert set(ObjectStore(uri).sizes("mine")) == {"config.yaml", "ledger.jsonl", "mirror.json"}
+    with (
+        pytest.raises(UserError, match=r"run 'mine' is in local://.* already; go on with it by resume=mine"),
+        open_run(config),
+    ):
+        pass
+    again = dataclasses.replace(config, resume="auto")
+    folder(storage_dir(uri) / "mine", **{"ledger.jsonl": "one\ntwo\n"})
+    with open_run(again) as run:
+        assert run.resumed and (run.path / "ledger.jsonl").read_text() == "one\ntwo\n", (
+            "the copy here is the one made last"
+        )
+    here = storage_dir(uri)
+    here.rename(tmp_path / "another machine")
+    with open_run(again) as run:
+        assert run.resumed and (run.path / "ledger.jsonl").read_text() == "one\ntwo\n"
+        folder(run.path, **{"ledger.jsonl": "one\ntwo\nthree\n"})
+    here.rename(tmp_path / "the second")
+    (tmp_path / "another machine").rename(here)
+    with open_run(dataclasses.replace(config, resume="mine")) as run:
+        assert (run.path / "ledger.jsonl").read_text() == "one\ntwo\nthree\n", "the run went on elsewhere"
+
+
+def test_a_mirror_copies_what_has_changed(tmp_path: Path) -> None:
+    mirror = Mirror(folder(tmp_path / "run", a="1", b="2"), f"local://{tmp_path}/bucket/run")
+    assert (mirror.push(), mirror.push()) == (2, 0)
+    folder(tmp_path / "run", a="11", **{".part-c": "half"})
+    assert mirror.push() == 1 and ObjectStore(f"local://{tmp_path}/bucket").read("run/a") == b"11"
+
+
+def test_checkpoints_go_up_whole_the_newest_stay_and_the_newest_comes_back(tmp_path: Path) -> None:
+    uri, mine = f"local://{tmp_path}/bucket/run/checkpoints", tmp_path / "mine"
+    assert newest_checkpoint(uri) == ""
+    pull_checkpoint(uri, mine)
+    for step in (1, 2, 3):
+        made = folder(mine / f"step-{step:06}", w=str(step), **{"manifest.json": "{}"})
+        push_checkpoint(made, uri, keep=2)
+    assert newest_checkpoint(uri) == f"{uri}/step-000003" and not ObjectStore(uri).sizes("step-000001")
+    folder(tmp_path / "bucket" / "run" / "checkpoints" / "step-000004", w="no manifest: it is not whole")
+    other = tmp_path / "other"
+    other.mkdir()
+    pull_checkpoint(uri, other)
+    assert [p.name for p in other.iterdir()] == ["step-000003"] and (other / "step-000003" / "w").read_text() == "3"
+
+
+@pytest.mark.parametrize("override", ["sandbox.journal.record=true", "learner.sharded_checkpoints=true"])
+def test_what_several_nodes_would_write_together_needs_a_folder(override: str) -> None:
+    given = ["train.num_workers=2", override]
+    check_settings(load_config("demo", given, RunConfig))
+    with pytest.raises(UserError, match="writes from several nodes into one folder"):
+        check_settings(load_config("demo", [*given, "storage_path=s3://bucket/runs"], RunConfig))
