@@ -39,7 +39,12 @@ class _Unit:
 
 
 def shard(samples: Sequence[Sample], rank: int, world: int, *, shared: bool = False) -> list[Sample]:
-    """The part of a batch that rank `rank` of `world` trains; token counts of parts differ by at most one unit's.
+    """The part of a batch that rank `rank` of `world` trains (`shards`)."""
+    return shards(samples, world, shared=shared)[rank]
+
+
+def shards(samples: Sequence[Sample], world: int, *, shared: bool = False) -> list[list[Sample]]:
+    """The parts of a batch that the ranks train; token counts of parts differ by at most one unit's.
 
     `shared`: shared prefixes are computed once, and count so (of an episode, the kept steps count as candidates and as prefix).
     """
@@ -55,10 +60,12 @@ def shard(samples: Sequence[Sample], rank: int, world: int, *, shared: bool = Fa
     share = max(1.0, sum(unit.cost for unit in units.values()) / world)
     parts = [part for unit in units.values() for part in unit.cut(math.ceil(unit.cost / share))]
     load = [0] * world
-    mine: set[str] = set()
+    rank_of: dict[str, int] = {}
     for part in sorted(parts, key=lambda p: (-p.cost, *p.own)):
         lightest = load.index(min(load))
         load[lightest] += part.cost
-        if lightest == rank:
-            mine.update(part.own)
-    return [s for s in samples if s.rollout_id in mine]
+        rank_of |= dict.fromkeys(part.own, lightest)
+    found: list[list[Sample]] = [[] for _ in range(world)]
+    for s in samples:
+        found[rank_of[s.rollout_id]].append(s)
+    return found

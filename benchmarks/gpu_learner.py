@@ -12,9 +12,10 @@ are those of the samples, padding not among them; the first step of every kind i
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -106,7 +107,7 @@ def bf16_loss(bench: Bench) -> Figures:
         "float32_against_plain_max": (0.0, 2e-3), "logprob_mean": (0.0, 0.02), "logprob_max": (0.0, 0.3),
         "grad_norm_ratio": (0.97, 1.03), "grad_cosine": (0.99, 1.0001),
     })  # fmt: skip
-    if abs(told16["loss"] - told32["loss"]) > 0.01:
+    if not abs(told16["loss"] - told32["loss"]) <= 0.01:
         raise Failed(f"the loss is {told16['loss']:.4f} in bfloat16, {told32['loss']:.4f} in float32", figures)
     return figures
 
@@ -219,10 +220,9 @@ def fsdp2_one_gpu(bench: Bench) -> Figures:
             policy = apply_fsdp(PolicyModel(random_model(bench, config), _config(dtype=dtype, **settings)))
             learner = _learner(policy, dtype=dtype, **settings)
             told = [learner.step(batch) for _ in range(2)]
-            figures[f"{dtype}_loss_apart"] = max(abs(a["loss"] - b["loss"]) for a, b in zip(plain, told, strict=True))
-            figures[f"{dtype}_grad_norm_apart"] = max(
-                abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(plain, told, strict=True)
-            )
+            pairs = list(zip(plain, told, strict=True))
+            figures[f"{dtype}_loss_apart"] = _worst(abs(a["loss"] - b["loss"]) for a, b in pairs)
+            figures[f"{dtype}_grad_norm_apart"] = _worst(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs)
             figures[f"{dtype}_logprob_mean"] = float(abs(trained(given, learner.score(given)) - logprobs).mean())
             apart = [(w - weights[name]).abs().double() for name, w in learner.weights()]
             # On average: a weight whose gradient is all rounding moves by the whole rate, either way.
@@ -231,6 +231,7 @@ def fsdp2_one_gpu(bench: Bench) -> Figures:
     _hold(figures, {
         "float32_loss_apart": (0.0, 1e-4), "float32_grad_norm_apart": (0.0, 1e-4), "float32_weights_apart": (0.0, 2e-5),
         "float32_logprob_mean": (0.0, 1e-3), "bfloat16_loss_apart": (0.0, 0.02), "bfloat16_grad_norm_apart": (0.0, 0.03),
+        "bfloat16_logprob_mean": (0.0, 0.1), "bfloat16_weights_apart": (0.0, 2e-3),  # two steps of AdamW at 1e-3 move no weight further
     })  # fmt: skip
     return figures
 
@@ -247,6 +248,9 @@ def speed(name: str) -> Function:
         config = shape(bench, name)
         given = samples(TINIEST if bench.tiny else LARGE, config["vocab_size"])
         found = {kind.name: _timed(bench, config, kind, given) for kind in kinds(bench, name)}
+        broken = {kind: told["why"] for kind, told in found.items() if told.get("broken")}
+        if broken:
+            raise Failed("; ".join(f"{kind}: {why}" for kind, why in broken.items()), {"kinds": found})
         ran = {kind: told for kind, told in found.items() if "tokens_per_s" in told}
         if not ran:
             raise Failed("no way to run it fits: " + "; ".join(f"{k}: {v['why']}" for k, v in found.items()), found)
@@ -304,11 +308,14 @@ def _timed(bench: Bench, config: dict[str, Any], kind: Kind, given: Sequence[Any
                 began = time.perf_counter()
                 told = learner.step(given)
                 synchronize(bench)
+                if told["skipped/nonfinite"] or not math.isfinite(told["loss"] + told["grad_norm"]):
+                    raise FloatingPointError(f"loss {told['loss']}, gradient norm {told['grad_norm']}")
                 if step:
                     seconds.append(time.perf_counter() - began)
-    except Exception as error:  # the other kinds go on
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return {"why": "out of memory" if isinstance(error, torch.OutOfMemoryError) else why}
+    except torch.OutOfMemoryError:
+        return {"why": "out of memory"}
+    except Exception as error:  # the other kinds go on, and the check fails
+        return {"why": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "broken": True}
     finally:
         learner = model = None
     took = median(seconds)
@@ -362,6 +369,11 @@ def _learner(model: Any, **settings: Any) -> Any:
     from agents.learning.learner import Learner
 
     return Learner(model, _config(**settings))
+
+
+def _worst(values: Iterable[float]) -> float:
+    """The largest, or one that is no number, which `max` would pass over."""
+    return max(values, key=lambda value: (value != value, value))
 
 
 def _hold(

@@ -28,6 +28,7 @@ from cluster.buffer import Buffer, BufferSetup
 from cluster.errors import UserError, one_line
 from cluster.fleet import Fleet
 from cluster.judges import place as place_judges
+from cluster.layout import one_node
 from cluster.model import resolve
 from cluster.nodecache import at_hand, ship
 from cluster.placement import Seats, demands, labelled, reserve, unlabelled
@@ -83,7 +84,11 @@ class Actors:
             f"judge engine {i}": handle for i, handle in enumerate(place_judges(judge, self._seats.of("judge")))
         }
         state = str(Path(segments) / "published.json") if segments else ""
-        self.fleet = actor(Fleet, **LASTING, **here).remote(config.fleet, engine, state, self._seats.of("sampler"))
+        # Engines that need not be there yet would queue for the learner's room, so theirs is asked for when it has published.
+        elastic = bool(segments) and self._seats.more("sampler")
+        seated = self._seats.of("sampler") if elastic else self._seats.all("sampler")
+        self.fleet = actor(Fleet, **LASTING, **here).remote(config.fleet, engine, state, seated)
+        self._seated = Poll(self.fleet.seated.remote) if elastic else None
         starting = self.fleet.start.remote()  # takes longest, so the others come up meanwhile
         for name, handle in self._leans_on.items():
             self.up(f"retrieval's {name}", handle.ready.remote())
@@ -133,7 +138,14 @@ class Actors:
 
     def tend(self) -> list[str]:
         """Looks after everybody; returns lines for the log. Raises UserError when somebody dies too often."""
+        self._grow()
         return [*self.watchdog.look(), *(self._events.take() or ())]
+
+    def _grow(self) -> None:
+        """Engines beyond `fleet.min_engines`, where a learner has its room; also for a fleet that Ray has started again."""
+        published, known = (self._seated.take() if self._seated else None) or (False, 0)
+        if published and known < self._config.fleet.num_engines:
+            self.fleet.grow.remote(self._seats.all("sampler"))
 
     def load(self) -> dict[str, float]:
         """How busy the engines were since the last answer, and what retrieval and the judge have to tell. Never waits."""
@@ -174,7 +186,8 @@ class Actors:
     def _new_worker(self) -> Any:
         name, node = f"rollout-{next(self._names)}", self._next_node()
         labels = self._config.placement.rollout.labels
-        where = nodes.bound_to(node, soft=not labels) if node else {"label_selector": dict(labels)}
+        # Not softly: Ray then takes another node at will, and who is lost with a node would not be known.
+        where = nodes.bound_to(node) if node else {"label_selector": dict(labels)}
         made = actor(RolloutWorker, **where).remote(
             name, self._play, self.fleet, self._router_on(node), self.info, self.reward
         )
@@ -288,11 +301,18 @@ def placed(
     )
     sandbox = dataclasses.replace(config.sandbox, journal=journal)
     play = Play(config.name, speech, config.sampling, sandbox, config.rollout, config.seed)
-    engine = dataclasses.replace(config.engine, model=model, version=Version(0, 0).label, seed=config.seed)
+    lora = config.learner.lora
+    engine = dataclasses.replace(
+        config.engine, model=model, version=Version(0, 0).label, seed=config.seed,
+        lora_rank=lora.rank if segments and lora.publish == "adapter" else 0,
+        lora_targets=tuple(lora.targets),
+    )  # fmt: skip
     wanted = demands(
         config, training=bool(segments), num_shards=num_shards(config.retrieval, config.service, index_dir)
     )
     with reserve(wanted, config.ray.wait_s) as seats:
+        if line := one_node(config, {seat.node() for seat in seats.of("sampler")}):
+            raise UserError(line)
         actors = Actors(config, play, engine, index_dir, segments, seats)
         try:
             yield actors, speech

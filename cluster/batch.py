@@ -6,12 +6,12 @@ Invariant: no sample of a batch holds a trained token older than `max_staleness`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from agents.advantages import AdvantageConfig, summarise, to_samples
-from agents.sharding import shard
+from agents.sharding import shards
 from agents.types import Group, Sample, StopReason
 
 
@@ -22,10 +22,15 @@ class Batch:
     step: int
     """Optimiser batches trained before this one."""
     shards: tuple[tuple[Sample, ...], ...]
-    """Per learner rank."""
+    """Per learner rank; empty for ranks that it does not go to (`only`)."""
     last: bool
     """True when training ends after this batch."""
     stats: dict[str, float] = field(default_factory=dict)
+
+    def only(self, first: int, count: int) -> Batch:
+        """With the parts of `count` ranks from `first` on: what one of them is sent."""
+        mine = range(first, first + count)
+        return replace(self, shards=tuple(part if rank in mine else () for rank, part in enumerate(self.shards)))
 
 
 def make_batch(
@@ -40,7 +45,7 @@ def make_batch(
 ) -> Batch:
     """Samples of `groups` by rank. Members over age are withheld; their rewards stay in their group's baseline.
 
-    `shared`: see `agents.sharding.shard`.
+    `shared`: see `agents.sharding.shards`.
     """
     made = [to_samples(group, advantage) for group in groups]
     samples = [s for found, _ in made for s in found]
@@ -51,8 +56,7 @@ def make_batch(
     row = {**batch_stats(groups), **summarise([stats for _, stats in made])}
     row["masked/stale"] = float(len(samples) - len(young))
     row["staleness/mean"], row["staleness/max"] = float(np.mean(ages)), float(max(ages))
-    shards = tuple(tuple(shard(young, rank, world_size, shared=shared)) for rank in range(world_size))
-    return Batch(step, shards, last, row)
+    return Batch(step, tuple(map(tuple, shards(young, world_size, shared=shared))), last, row)
 
 
 def batch_stats(groups: Sequence[Group]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from agents.curriculum import CURRICULA, Curriculum
 from agents.recordfile import RecordWriter, read_records
 from agents.types import Group, Member, RecordError, Task
 from cluster.batch import Batch, make_batch, sampled_tokens
-from cluster.errors import Fenced
+from cluster.errors import Fenced, UserError
 from cluster.journal import Seen
 from cluster.ledger import Counts, Ledger, LedgerError
 from cluster.watchdog import Pulse, pulse_of
@@ -293,6 +293,11 @@ class Buffer:
                 raise RecordError(
                     "the checkpoint is of a replay; start a live run under another name= (model.path: its weights)"
                 )
+            if not saved and self._saved_step:
+                raise UserError(
+                    f"learner {self._ledger.incarnation + 1} finds no checkpoint, and there was one of step {self._saved_step}: its node does not "
+                    "see the run's storage, or the checkpoints were removed; mend that and go on with resume="
+                )
             ledger = saved["ledger"] if saved else {"version": 0, "trained": 0}
             step, trained = int(ledger["version"]), int(ledger["trained"])
             if saved and (step > self._ledger.step or trained > self._ledger.trained):
@@ -319,11 +324,13 @@ class Buffer:
             return number
 
     async def next_batch(
-        self, incarnation: int, step: int, world_size: int = 1, timeout_s: float = 5.0, shared: bool = False
-    ) -> Batch | None:
+        self, incarnation: int, step: int, world_size: int = 1, timeout_s: float = 5.0, shared: bool = False,
+        ranks: tuple[int, int] | None = None,
+    ) -> Batch | None:  # fmt: skip
         """The batch for optimiser step `step`, the same for every rank that asks; None when it is not full in time.
 
-        `shared`: the learner computes shared prefixes once (see `agents.sharding`).
+        `shared`: the learner computes shared prefixes once (see `agents.sharding`). `ranks`: (first, count) of those whose parts the caller
+        trains, and is sent; None: all.
         """
         deadline = time.monotonic() + timeout_s
         async with self._changed:
@@ -347,7 +354,7 @@ class Buffer:
                 if left <= 0 or not await self._wait(left):
                     return None
             self._fence(incarnation)
-            return self._batch
+            return self._batch if ranks is None else self._batch.only(*ranks)
 
     async def settle(self, incarnation: int, step: int, row: dict[str, Any]) -> None:
         """The optimiser step `step` is done. `row` goes to the run's log, with the ledger's counts."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cluster.layout import Gpu, Moment, moments, sampling_parts, seats
+from cluster.layout import Gpu, Moment, moments, one_node, sampling_parts, seats
 from cluster.model import ModelShape
 from cluster.sizes import needs, shares_gpus
 
@@ -30,13 +30,18 @@ def misfits(config: RunConfig, shape: ModelShape, nodes: Sequence[Sequence[float
     found = []
     if left:
         there = sum(len(n) for n in nodes)
-        kinds = " and ".join(sorted({name.partition("-")[0] + "s" for name in left}))
+        single = len(left) == 1
+        kinds = " and ".join(sorted({name.partition("-")[0] + ("" if single else "s") for name in left}))
         mend = "lower fleet.num_engines or train.num_workers, set layout.kind=collocated, or use more GPUs"
         if config.engine.tensor_parallel > max((len(n) for n in nodes), default=0):
             mend = f"engine.tensor_parallel={config.engine.tensor_parallel} needs as many GPUs on one node"
         elif shares_gpus(config):
             mend = "lower fleet.num_engines and train.num_workers together, or use more GPUs"
-        found.append(f"{len(left)} {kinds} have no GPU to sit on ({there} GPUs, first {left[0]}); {mend}")
+        found.append(
+            f"{len(left)} {kinds} {'has' if single else 'have'} no GPU to sit on ({there} GPUs, first {left[0]}); {mend}"
+        )
+    if line := one_node(config, {g.node for g in gpus if any(t.name.startswith("sampler") for t in g.tenants)}):
+        found.append(line)
     told: set[tuple[str, bool]] = set()
     for gpu in gpus:
         # Of the learner's moments the fullest is told: what mends it mends the others.

@@ -20,162 +20,34 @@ import itertools
 import os
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
-from agents.types import Generation, Sampling, Span, Version
 from cluster import nodes
 from cluster.errors import one_line
-from cluster.membership import TRANSPORTS, Place, StaleEpoch
-from cluster.nodecache import at_hand
+from cluster.fleet_config import FleetConfig as FleetConfig
+from cluster.membership import Place, StaleEpoch
 from cluster.placement import Seat
 from cluster.publishing import Facts, Meeting, Peer, Publishing
+from cluster.sampler import Client, Sampler
 from cluster.turns import FleetTurns
-from cluster.vllm.engine import EngineConfig, PolicyEngine
+from cluster.vllm.engine import EngineConfig
 from cluster.vllm.preflight import EngineError
-from cluster.vllm.relay import Landing, unload
 from cluster.vllm.segment import Manifest
 from cluster.vllm.transfer import Deadlines, Phase, PublishReport
 from cluster.watchdog import Pulse, Tally, Waits, pulse_of
 
 _ROOM_S = 1.0
 """Between two looks for a node, or for weights, that an engine waits for."""
-_PIECE_S = 60.0
-"""How long one piece of a segment may take from another node."""
-
-
-class Sampler:
-    """Hosts one engine. An actor of this class is what a rollout worker samples from."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self._engine = PolicyEngine(replace(config, model=at_hand(config.model)))
-        self._stack = contextlib.ExitStack()
-        self._landing: Landing | None = None
-
-    async def start(self) -> list[int]:
-        """Brings the engine up; returns the pids of this actor and of the engine's processes."""
-        await self._engine.start()
-        return [os.getpid(), *self._engine.pids]
-
-    async def generate(
-        self,
-        prompt_ids: Sequence[int],
-        request_id: str,
-        sampling: Sampling,
-        stop_token_ids: Sequence[int],
-        stop_strings: Sequence[str] = (),
-    ) -> Generation:
-        """One policy turn. Raises EngineError."""
-        began = time.perf_counter()
-        made = await self._engine.generate(
-            prompt_ids, request_id=request_id, max_tokens=sampling.max_tokens, temperature=sampling.temperature,
-            stop_token_ids=stop_token_ids, stop_strings=stop_strings, seed=sampling.seed,
-        )  # fmt: skip
-        spans = tuple(Span(start, end, Version.parse(label)) for start, end, label in made.version_spans)
-        latency_s = time.perf_counter() - began
-        return Generation(made.token_ids, made.logprobs, spans, made.finish_reason, made.num_cached_tokens, latency_s)
-
-    async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
-        """Log-probability of each token but the first, at temperature 1."""
-        return await self._engine.score(token_ids, request_id=f"score-{time.monotonic_ns()}")
-
-    async def stats(self) -> dict[str, Any]:
-        """Counters of the engine, and the label of its weights."""
-        return {**asdict(await self._engine.stats()), "version": self._engine.version, "dead": self._engine.dead}
-
-    async def gpus(self) -> tuple[str, list[str]]:
-        """The node it is on, and the ids of the GPUs that Ray gave it."""
-        context = ray.get_runtime_context()
-        return context.get_node_id(), list(context.get_accelerator_ids().get("GPU", ()))
-
-    async def checksums(self) -> dict[str, Any]:
-        return asdict(await self._engine.checksums())
-
-    async def facts(self) -> dict[str, Any]:
-        """What publishing must know of this engine: `publishing.Facts` as a dict, with the node beside the devices."""
-        return {"node": ray.get_runtime_context().get_node_id(), **await self._engine.facts()}
-
-    async def land(self, manifest: dict[str, Any], parcel: Sequence[Any]) -> dict[str, Any]:
-        """Writes another node's segment to this one's memory, from Ray's object store. Returns its manifest here."""
-        return await asyncio.to_thread(self._land, Manifest.from_dict(manifest), parcel)
-
-    def _land(self, manifest: Manifest, parcel: Sequence[Any]) -> dict[str, Any]:
-        from cluster.rundir import segment_dir
-
-        if self._landing is None:
-            self._landing = Landing(self._stack.enter_context(segment_dir()))
-        return self._landing.land(manifest, unload(parcel, _PIECE_S)).to_dict()
-
-    async def call(self, method: str, *args: Any) -> None:
-        """The publishing methods of `transfer.EngineClient`."""
-        await getattr(self._engine, method)(*args)
-
-    async def shutdown(self) -> None:
-        self._stack.close()
-        await self._engine.shutdown()
 
 
 async def _node_of(seat: Seat | None) -> str:
     """Id of the node that a seat is on; empty while there is none."""
     return "" if seat is None else await asyncio.to_thread(seat.node)
-
-
-class _Client:
-    """`transfer.EngineClient` around a sampler actor's handle."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    def __getattr__(self, method: str) -> Any:
-        async def forward(*args: Any) -> None:
-            await self._handle.call.remote(method, *args)
-
-        return forward
-
-
-@dataclass
-class FleetConfig:
-    """How many engines, and how they are watched."""
-
-    num_engines: int = 1
-    """Sampler actors."""
-    min_engines: int = 0
-    """With how many a run begins; the others come up when the cluster has room for them. 0: all must be there."""
-    num_cpus: float = 0.5
-    """Ray CPUs an engine asks for (placement only; its threads are set by `engine.threads`)."""
-    num_gpus: float = 0.0
-    """Ray GPUs an engine asks for."""
-    max_restarts: int = 20
-    """Restarts of all engines together within an hour before the run stops."""
-    health_every_s: float = 2.0
-    """Seconds between health checks."""
-    health_timeout_s: float = 60.0
-    """How long an engine may stay silent before it counts as dead."""
-    publish_deadline_s: float = 120.0
-    """Deadline of each phase of a publish that moves weights."""
-    transport: str = "auto"
-    """How weights reach the engines. `shm`: a file in shared memory on the learner's node. `relay`: that file by Ray's object store to each
-    node. `nccl`: broadcast to engines on GPUs of their own. `ipc`: CUDA IPC to engines on the learner's GPUs. `gloo`: broadcast over TCP.
-    `auto`: by where learner and engines sit."""
-    bucket_mb: int = 256
-    """Weights that travel at a time, in MiB; a larger tensor travels alone. Learner and engines hold two such buckets."""
-
-    def check(self) -> None:
-        """Raises ValueError, one line, for a value outside its range."""
-        if self.num_engines < 1:
-            raise ValueError(f"fleet.num_engines is {self.num_engines}; it must be at least 1")
-        if self.transport not in TRANSPORTS:
-            raise ValueError(f"fleet.transport is {self.transport}; it must be one of {', '.join(TRANSPORTS)}")
-        if self.bucket_mb < 1:
-            raise ValueError(f"fleet.bucket_mb is {self.bucket_mb}; it must be at least 1")
-        if not 0 <= self.min_engines <= self.num_engines:
-            raise ValueError(
-                f"fleet.min_engines is {self.min_engines}; it must be between 0 and fleet.num_engines={self.num_engines}"
-            )
 
 
 @dataclass
@@ -188,6 +60,8 @@ class _Engine:
     facts: Facts | None = None
     """What it said of itself when it was up: from then on it can be published to."""
     sessions: int = 0
+    loading: bool = False
+    """It is being brought the weights that were published last."""
     seat: Seat | None = None
     """Its room on the cluster; None: Ray puts it anywhere."""
     node: str = ""
@@ -213,7 +87,7 @@ class Fleet:
     """Owns the sampler actors. Create, `await start()`, then `route`, `publish`, `report`."""
 
     def __init__(self, config: FleetConfig, engine: EngineConfig, state: str = "", seats: Sequence[Seat] = ()) -> None:
-        """`seats`: room for each engine, those that must be there at the start first; empty: Ray finds it."""
+        """`seats`: room for each engine, those that must be there at the start first, others perhaps later (`grow`); empty: Ray finds it."""
         self._config = config
         self._engine_config = engine
         self._state = Path(state) if state else None
@@ -222,8 +96,9 @@ class Fleet:
         self._routes: dict[str, str] = {}
         self._owners: dict[str, str] = {}
         self._weights = Publishing(
-            config.transport, config.bucket_mb << 20, self._deadlines(), engine.version, self._state
-        )
+            config.transport, config.bucket_mb << 20, self._deadlines(), engine.version, self._state,
+            adapters=engine.lora_rank > 0,
+        )  # fmt: skip
         self._names = itertools.count()
         self._prefix = "sampler-"
         self._began = False
@@ -256,6 +131,16 @@ class Fleet:
         for seat in self._seats[first:]:
             self._background(self._replace(seat))
         return {e.name: e.pids for e in fresh}
+
+    async def seated(self) -> tuple[bool, int]:
+        """Whether a learner has published, so that it has its room; and how many seats are known here."""
+        return self._weights.rounds > 0, len(self._seats)
+
+    async def grow(self, seats: Sequence[Seat]) -> None:
+        """All seats there are: an engine starts on each that is not known yet, as soon as the cluster has room for it."""
+        for seat in seats[len(self._seats) :]:
+            self._seats.append(seat)
+            self._background(self._replace(seat))
 
     async def pulse(self) -> Pulse:
         """For the watchdog; a fleet that Ray has started again brings its engines up first."""
@@ -347,7 +232,7 @@ class Fleet:
     async def starving(self) -> bool:
         """Whether engines are up, and none holds weights that may be sampled from: only another publish helps."""
         up = [e for e in self._engines.values() if e.facts is not None]
-        return bool(up) and not any(e.live for e in up)
+        return bool(up) and not any(e.live or e.loading for e in up)
 
     async def sleep(self) -> None:
         """The learner's turn: returns when every engine has given its memory back. One that does not is fenced, which ends it."""
@@ -526,7 +411,7 @@ class Fleet:
 
     async def _take_weights(self, engine: _Engine) -> None:
         """Brings what was published last into an engine that is up, and opens it for routes."""
-        told = False
+        told, engine.loading = False, True
         while not engine.live:
             # No publish may slip in between these weights and the first route, nor the turn of a learner on the same GPU.
             async with self._turns.start(), self._membership:
@@ -535,8 +420,9 @@ class Fleet:
                 rounds = self._weights.rounds
                 result = await self._weights.bring(engine.name, self._peer(engine))
                 if result is not None and result.ok:
-                    await _Client(engine.handle).wake()  # it may have slept since it came up
+                    await Client(engine.handle).wake()  # it may have slept since it came up
                 engine.live = result is None or result.ok
+            engine.loading = False
             if result is None or result.ok:
                 return
             if result.serving != "old" or result.failed_phase not in (Phase.INIT, Phase.STAGE):
@@ -561,7 +447,7 @@ class Fleet:
         async def land(manifest: dict[str, Any], parcel: Sequence[Any]) -> dict[str, Any]:
             return dict(await engine.handle.land.remote(manifest, list(parcel)))
 
-        return Peer(_Client(engine.handle), engine.facts or Facts(), land)
+        return Peer(Client(engine.handle), engine.facts or Facts(), land)
 
     def _peers(self) -> dict[str, Peer]:
         """Every engine that is up, those that wait for weights too."""
@@ -587,7 +473,7 @@ class Fleet:
     def _strength(self) -> str:
         """How many engines work, where it is not all of them."""
         live = sum(e.live for e in self._engines.values())
-        return f"; {live} of {len(self._seats)} engines work" if live < len(self._seats) else ""
+        return f"; {live} of {self._config.num_engines} engines work" if live < self._config.num_engines else ""
 
     async def _watch_health(self) -> None:
         while True:

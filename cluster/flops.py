@@ -19,7 +19,7 @@ PEAK_TFLOPS = {
     "H200": 989.4, "H200 NVL": 835.0, "B200": 2250.0,
 }  # fmt: skip
 """Dense bfloat16 matrix products with float32 sums, 10^12 operations per second, of the vendor's data sheets (where one gives the rate
-with structured sparsity alone, half of it). What a card reaches in practice is less: an H200 about 790 on random 8192^3 matrices."""
+with structured sparsity alone, half of it). What a card reaches in practice is less."""
 
 
 def peak_tflops(card: str) -> float | None:

@@ -84,22 +84,37 @@ class Untried:
 
 NEVER_RUN = (
     Untried("the learner in bfloat16, and whether it agrees with float32", "agents/learning/model.py", "bf16_loss"),
-    Untried("attention over packed sequences on a GPU", "agents/learning/model.py", "packed_attention"),
+    Untried(
+        "attention over packed sequences: the varlen and flash kernels, FlexAttention's backward pass",
+        "agents/learning/attention.py",
+        "packed_attention",
+    ),
     Untried(
         "log-probs in chunks on a GPU, and their peak of memory", "agents/learning/logprobs.py", "chunked_logprobs"
     ),
     Untried("speed (MFU) and memory of the learner at 0.6 to 4 billion parameters", "agents/learning/", "learner_4b"),
     Untried("FSDP2 by NCCL on one GPU", "agents/learning/shard.py", "fsdp2_one_gpu"),
-    Untried("FSDP2, its sharded checkpoints and context parallelism on several GPUs", "agents/learning/"),
+    Untried("FSDP2 over NCCL in bfloat16 on several GPUs", "agents/learning/loading.py"),
+    Untried("context parallelism (Ulysses) over NCCL", "agents/learning/context.py"),
+    Untried("sharded checkpoints (DCP) from the memory of GPUs", "agents/learning/sharded.py"),
     Untried("CUDA IPC between two processes of one GPU", "benchmarks/gpu_ipc.py", "cuda_ipc"),
-    Untried("publishing weights into engines by CUDA IPC", "cluster/vllm/"),
-    Untried("publishing weights into engines by NCCL, one engine or several, tensor-parallel or not", "cluster/vllm/"),
+    Untried("publishing weights into engines by CUDA IPC", "cluster/vllm/receivers.py"),
+    Untried(
+        "publishing weights into engines by NCCL, one engine or several, tensor-parallel or not; aborting a hung broadcast",
+        "cluster/vllm/senders.py",
+    ),
+    Untried("LoRA adapters in engines on GPUs", "cluster/vllm/adapters.py"),
     Untried("the sampler on a GPU: log-probs, speed, CUDA graphs", "cluster/vllm/engine.py", "vllm_logprobs"),
-    Untried("tensor-parallel engines, LoRA adapters in engines, judge engines on GPUs", "cluster/vllm/"),
-    Untried("collocated layouts: sleep and wake of engines on a shared GPU", "cluster/layout.py"),
+    Untried("judge engines on GPUs", "cluster/judges.py"),
+    Untried("collocated layouts: sleep and wake of engines on a shared GPU", "cluster/vllm/residence.py"),
+    Untried("learners on the GPUs of engines, their tensors moved out and back", "cluster/turns.py"),
+    Untried(
+        "nodes on several machines; seats with GPUs; s3:// and gs:// storage; vLLM tensor parallel inside a placement group",
+        "cluster/placement.py",
+    ),
     Untried("FAISS on GPUs: half precision, cut over several", "retrieval/faiss_index.py", "faiss_gpu"),
     Untried("encoders and rerankers on a GPU", "retrieval/encode_hf.py", "encoder_gpu"),
-    Untried("a whole training run on GPUs, and several machines over a real network", "cluster/train.py"),
+    Untried("a whole training run on GPUs", "cluster/train.py"),
 )
 """What was never run on a GPU. An entry goes when a committed result (`benchmarks/results/gpu_*.json`) has its check passed."""
 

@@ -7,14 +7,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
 from cluster.memory import ASLEEP_GIB, PROCESS_GIB, LearnerBytes, engine_bytes
 from cluster.model import ModelShape
 from cluster.sizes import gib, itemsize, kv_bytes_per_token, learner_of, shares, shares_gpus, trains_on_gpu
+from retrieval.config import legs_of
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
@@ -177,6 +178,8 @@ def seats(config: RunConfig, nodes: Sequence[Sequence[float]]) -> tuple[list[Gpu
         sit(f"learner-{i}", train.worker_gpus)
     others = [("judge", judge.engines, judge.num_gpus if judge.kind == "vllm" and not judge.replay else 0.0)]
     others += [("encoder", spread.encoders, spread.encoder_gpus)]
+    shards = len(legs_of(config.retrieval)) * config.retrieval.shards * spread.shard_replicas
+    others += [("shard", shards, spread.shard_gpus)]
     for name, count, asked in others:
         for i in range(count if asked else 0):
             sit(f"{name}-{i}", asked)
@@ -195,11 +198,12 @@ def moments(config: RunConfig, shape: ModelShape, gpu: Gpu) -> list[Moment]:
     publishing = (
         _parts("learner", learner.held) | {"learner's gathered tensor": gib(learner.publish)} if training else {}
     )
-    if not (sampling and training):
+    if not (sampling and training and shares_gpus(config)):
+        beside = sampling if training else {}  # shares of one GPU, at the same time
         found = [
-            ("sampling", sampling),
-            ("training", training | _process(training)),
-            ("publishing", publishing | _process(training)),
+            ("sampling", {} if training else sampling),
+            ("training", beside | training | _process(training)),
+            ("publishing", beside | publishing | _process(training) if training else {}),
         ]
         return [Moment(name, parts) for name, parts in found if parts]
     residue = {} if config.layout.offload else _parts("learner", learner.kept)
@@ -269,4 +273,14 @@ def summary(config: RunConfig) -> str:
     }[bool(fleet.num_gpus), trains_on_gpu(config)]  # fmt: skip
     return f"{'collocated' if turns_of(config) else 'split'}: {samplers} and {learners}, {where}" + (
         ", in turns" if turns_of(config) else ""
+    )
+
+
+def one_node(config: RunConfig, nodes: Collection[Any]) -> str:
+    """One line where engines that share their GPUs with learners sit on several nodes, else empty."""
+    if not shares_gpus(config) or len(nodes) < 2:
+        return ""
+    return (
+        f"layout.kind=collocated works on the GPUs of one node, and the engines sit on {len(nodes)}: learners, which ask Ray for no GPU, "
+        "would not be spread as the engines are; set layout.kind=split, or fewer fleet.num_engines and train.num_workers"
     )

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from agents.learning.config import CriticConfig, LearnerConfig, LoraConfig
-from cluster.errors import is_expected, one_line
+from cluster.errors import UserError, is_expected, one_line
 from cluster.layout import Turns
-from cluster.mirror import pull_checkpoint, push_checkpoint
+from cluster.mirror import newest_name, pull_checkpoint, push_checkpoint
 from cluster.nodecache import at_hand, once
 from cluster.placement import RolePlacement
 from cluster.runtime import environment
@@ -136,9 +136,11 @@ def _train(setup: Setup) -> None:
     from agents.learning.critic import load_critic
     from agents.learning.learner import Learner
     from agents.learning.loading import load_sharded
+    from agents.learning.lora import peft_config
     from agents.learning.model import load_model
     from agents.learning.scorer import ReferenceScorer
     from cluster.publisher import Publisher
+    from cluster.vllm.adapters import AdapterWriter
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -166,25 +168,32 @@ def _train(setup: Setup) -> None:
     reference = None
     if setup.learner.loss.kl_coef > 0:
         frozen = replace(setup.learner, lora=LoraConfig(), critic=CriticConfig())
-        reference = ReferenceScorer(load(setup.model, frozen, device), context=learner.context)
+        most = setup.learner.max_tokens_per_microbatch
+        reference = ReferenceScorer(load(setup.model, frozen, device), most, learner.context)
     step = int(load_checkpoint(folder, learner, verified=True)["step"]) if folder else 0
     turns.own(Belongings.of(learner, reference.model if reference else None))
-    publisher = Publisher(setup, incarnation, _ask, rank, world, device)
+    outgoing, writer = learner.weights, None
+    if setup.learner.lora.publish == "adapter":
+        outgoing = learner.adapters
+        writer = AdapterWriter(
+            setup.segments, peft_config(setup.learner.lora, setup.model), prefix=f"weights-{incarnation}"
+        )
+    publisher = Publisher(setup, incarnation, _ask, rank, world, device, writer)
     turns.before_publish()
-    publish_s = publisher.publish(learner.weights, step)  # also at the very start: it proves the way to every engine
+    publish_s = publisher.publish(outgoing, step)  # also at the very start: it proves the way to every engine
     turns.sample()
     began = saved_at = time.monotonic()
     checkpoint_s = 0.0
     while step < setup.train.steps:
         asked = time.monotonic()
         shared = learner.layout == "shared"
-        fetch = partial(_fetch, setup, incarnation, step, world, shared)
-        batch = publisher.next_batch(fetch, learner.weights, step)
+        together = setup.learner.context_parallel  # ranks that share rows train what each of them would have trained
+        ranks = (rank // together * together, together)
+        fetch = partial(_fetch, setup, incarnation, step, world, shared, ranks)
+        batch = publisher.next_batch(fetch, outgoing, step, turns.turn)
         wait_s = time.monotonic() - asked
         turns.learn()
-        together = setup.learner.context_parallel  # ranks that share rows train what each of them would have trained
-        first = rank // together * together
-        samples = [s for part in batch.shards[first : first + together] for s in part]
+        samples = [s for part in batch.shards for s in part]
         metrics = learner.step(reference(samples) if reference else samples)
         step += 1
         if rank == 0:
@@ -194,11 +203,11 @@ def _train(setup: Setup) -> None:
             }  # fmt: skip
             _ask(setup.buffer.settle.remote(incarnation, step - 1, {**metrics, **times}))
         turns.before_publish()
-        publish_s = publisher.publish(learner.weights, step)
+        publish_s = publisher.publish(outgoing, step)
         checkpoint_s = 0.0
         if batch.last or _due(setup.train, step, saved_at, world):
             saved_at = time.monotonic()
-            _save(setup, learner, incarnation, step, rank)
+            _save(setup, learner, incarnation, step, rank, last=batch.last)
             checkpoint_s = time.monotonic() - saved_at
         turns.sample()
         if batch.last:
@@ -222,9 +231,17 @@ def _begin(setup: Setup, rank: int, world: int) -> tuple[int, str]:
     from agents.learning.checkpoint import newest_checkpoint, read_extra
 
     found: list[Any] = [0, ""]
-    if setup.uri:
+    if setup.uri:  # the store decides: what a node has beyond it is of a learner that was lost
+        named = [newest_name(f"{setup.uri}/checkpoints") if rank == 0 else ""]
+        if world > 1:
+            dist.broadcast_object_list(named, src=0)
         with once(setup.checkpoints):  # ranks of one node share a folder
-            pull_checkpoint(f"{setup.uri}/checkpoints", Path(setup.checkpoints))
+            pull_checkpoint(f"{setup.uri}/checkpoints", Path(setup.checkpoints), named[0])
+    elif not Path(setup.checkpoints).is_dir():
+        raise UserError(
+            f"the learner's node does not see {setup.checkpoints}; mount the run's storage on every node that may train, keep learners from the "
+            "others (placement.learner.labels), or give storage_path as a URI"
+        )
     if rank == 0:
         folder, lines = newest_checkpoint(setup.checkpoints)
         for line in lines:
@@ -247,8 +264,9 @@ def _due(train: TrainConfig, step: int, saved_at: float, world: int) -> bool:
     return due[0] or bool(train.checkpoint_every and step % train.checkpoint_every == 0)
 
 
-def _save(setup: Setup, learner: Any, incarnation: int, step: int, rank: int) -> None:
-    """Every rank joins; the first one writes, or all do. What cannot be written ends the run, with the last checkpoint whole."""
+def _save(setup: Setup, learner: Any, incarnation: int, step: int, rank: int, *, last: bool) -> None:
+    """Every rank joins; the first one writes, or all do. What cannot be written ends the run, with the last checkpoint whole. One that an
+    object store does not take is told, and counts as not saved, unless it is the `last`."""
     import ray.train
 
     from agents.learning.checkpoint import CheckpointError, checkpoint_name, prune_checkpoints, save_checkpoint
@@ -267,14 +285,26 @@ def _save(setup: Setup, learner: Any, incarnation: int, step: int, rank: int) ->
         ) from error
     if rank == 0:
         prune_checkpoints(setup.checkpoints, setup.train.keep_checkpoints)
-        if setup.uri:
-            push_checkpoint(
-                Path(setup.checkpoints) / checkpoint_name(step),
-                f"{setup.uri}/checkpoints",
-                setup.train.keep_checkpoints,
-            )
-        _ask(setup.buffer.checkpointed.remote(incarnation, step, time.monotonic() - began))
+        if _sent(setup, Path(setup.checkpoints) / checkpoint_name(step), last):
+            _ask(setup.buffer.checkpointed.remote(incarnation, step, time.monotonic() - began))
     ray.train.report({"step": step})
+
+
+def _sent(setup: Setup, folder: Path, last: bool) -> bool:
+    """Whether a checkpoint is where it belongs. Raises UserError when the last one is not."""
+    if setup.uri:
+        try:
+            push_checkpoint(folder, f"{setup.uri}/checkpoints", setup.train.keep_checkpoints)
+        except UserError as error:
+            if last:
+                raise
+            _ask(
+                setup.buffer.event.remote(
+                    f"{folder.name} was not copied to storage, the next one is tried: {one_line(error)}"
+                )
+            )
+            return False
+    return True
 
 
 def _is_disk(error: Exception) -> bool:
@@ -286,9 +316,10 @@ def _is_disk(error: Exception) -> bool:
     return isinstance(error, OSError) or named
 
 
-def _fetch(setup: Setup, incarnation: int, step: int, world: int, shared: bool) -> Any:
-    """The batch, or None when it is not full yet. The driver, which sees everything, decides when waiting has taken too long."""
-    return _ask(setup.buffer.next_batch.remote(incarnation, step, world, shared=shared))
+def _fetch(setup: Setup, incarnation: int, step: int, world: int, shared: bool, ranks: tuple[int, int]) -> Any:
+    """The batch with this rank's part, or None when it is not full yet. The driver, which sees everything, decides when waiting has taken
+    too long."""
+    return _ask(setup.buffer.next_batch.remote(incarnation, step, world, shared=shared, ranks=ranks))
 
 
 def _ask(reference: Any) -> Any:

@@ -150,3 +150,14 @@ def choose(asked: str, learner: Place, engines: Mapping[str, Place]) -> str:
             f"fleet.transport=ipc: {outside[0]} sits on a GPU that no learner rank uses; set fleet.transport=nccl or auto"
         )
     return asked
+
+
+def choose_for_adapters(learner: Place, engines: Mapping[str, Place]) -> str:
+    """The transport of adapters alone: files in shared memory, whatever the engines run on. Raises UserError where one is elsewhere."""
+    away = sorted(name for name, place in engines.items() if place.node not in ("", learner.node))
+    if away:
+        raise UserError(
+            f"learner.lora.publish=adapter: {len(away)} of {len(engines)} engines ({away[0]}, ...) are not on the learner's node, and "
+            "adapters travel by shared memory alone; set learner.lora.publish=merged"
+        )
+    return "shm"

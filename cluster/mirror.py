@@ -12,6 +12,7 @@ import contextlib
 import json
 import secrets
 import shutil
+import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -65,12 +66,8 @@ class Mirror:
 
     def push(self) -> int:
         """Copies what has changed since the last time; returns how many files. Raises UserError when the store does not take them."""
-        found = {
-            p.relative_to(self._folder).as_posix(): (p.stat().st_size, p.stat().st_mtime_ns)
-            for p in sorted(self._folder.rglob("*"))
-            if p.is_file() and not p.name.startswith(".part-")
-        }
-        changed = [n for n, s in found.items() if self._copied.get(n) != s and not n.startswith(_NOT_COPIED)]
+        found = self._files()
+        changed = [n for n, s in found.items() if self._copied.get(n) != s]
         if not changed:
             return 0
         mark = json.dumps({"copy": secrets.token_hex(8)}).encode()
@@ -79,6 +76,22 @@ class Mirror:
         (self._folder / MARK).write_bytes(mark)
         self._copied |= {n: found[n] for n in changed}
         return len(changed)
+
+    def _files(self) -> dict[str, tuple[int, int]]:
+        """Size and time of what is to be copied, by name. A file that vanishes meanwhile was a draft."""
+        found: dict[str, tuple[int, int]] = {}
+        for part in sorted(self._folder.iterdir()):
+            for path in (part, *sorted(part.rglob("*"))) if part.is_dir() else (part,):
+                name = path.relative_to(self._folder).as_posix()
+                if name.startswith(_NOT_COPIED) or f"{name}/".startswith(_NOT_COPIED):
+                    break  # nor anything below it
+                if path.name.startswith(".part-"):
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    about = path.stat()
+                    if stat.S_ISREG(about.st_mode):
+                        found[name] = (about.st_size, about.st_mtime_ns)
+        return found
 
 
 def holds(uri: str, file: str) -> bool:
@@ -113,22 +126,35 @@ def push_checkpoint(folder: Path, uri: str, keep: int) -> None:
         store.delete(old)
 
 
-def pull_checkpoint(uri: str, folder: Path) -> None:
-    """Brings the newest whole checkpoint below `uri` into `folder`, unless it is there."""
-    store = ObjectStore(uri)
-    for name in _whole(store)[-1:]:
-        if (folder / name / _MANIFEST).is_file():
-            return
-        part = folder / f".part-{name}"
-        shutil.rmtree(part, ignore_errors=True)
-        store.download(name, part, store.sizes(name))
-        shutil.rmtree(folder / name, ignore_errors=True)
-        part.rename(folder / name)
+def pull_checkpoint(uri: str, folder: Path, name: str) -> None:
+    """Brings the checkpoint `name` below `uri` into `folder`, unless it is there; empty: none. Later ones in the folder never came into
+    the store: a run that went on elsewhere knows nothing of them, so they step aside."""
+    for later in sorted(folder.glob("step-*")):
+        if later.name > name:
+            aside = later.with_name(f"unsent-{later.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+    if not name:
+        return
+    store, here = ObjectStore(uri), folder / name / _MANIFEST
+    if here.is_file() and here.read_bytes() == store.read(f"{name}/{_MANIFEST}"):
+        return
+    part = folder / f".part-{name}"
+    shutil.rmtree(part, ignore_errors=True)
+    store.download(name, part, store.sizes(name))
+    shutil.rmtree(folder / name, ignore_errors=True)
+    part.rename(folder / name)
+
+
+def newest_name(uri: str) -> str:
+    """Name of the newest whole checkpoint below `uri`; empty when there is none."""
+    return next(reversed(_whole(ObjectStore(uri))), "")
 
 
 def newest_checkpoint(uri: str) -> str:
     """URI of the newest whole checkpoint below `uri`; empty when there is none."""
-    return next((f"{uri}/{name}" for name in reversed(_whole(ObjectStore(uri)))), "")
+    name = newest_name(uri)
+    return f"{uri}/{name}" if name else ""
 
 
 def _whole(store: ObjectStore) -> list[str]:

@@ -171,6 +171,8 @@ class Seats:
     def __init__(self) -> None:
         self._seats: dict[str, list[Seat]] = {}
         self._groups: dict[str, list[Any]] = {}
+        self._later: dict[str, Demand] = {}
+        """Demands of which more may come than must be there when the run begins."""
 
     def of(self, name: str) -> list[Seat]:
         """Those of one demand; empty where it asks for nothing."""
@@ -190,23 +192,31 @@ class Seats:
             self.release(name)
 
     def ask(self, demand: Demand) -> list[Any]:
-        """Asks Ray for a role's seats; returns the groups that must be there before the run begins.
+        """Asks Ray for those of a role's seats that must be there before the run begins: one group, by the role's strategy, or none."""
+        if demand.count > demand.needed:
+            self._later[demand.name] = demand
+        return [self._ask(demand, demand.needed, demand.where.strategy)] if demand.needed else []
 
-        Those that must be there are one group, by the role's strategy; each of the others is one of its own, which may come later.
-        """
+    def more(self, name: str) -> bool:
+        """Whether there are seats that were not asked for yet."""
+        return name in self._later
+
+    def all(self, name: str) -> list[Seat]:
+        """Asks for the others too, each a group of its own, which comes when there is room: a queue of them takes whatever is free."""
+        demand = self._later.pop(name, None)
+        if demand is not None:
+            for _ in range(demand.count - demand.needed):
+                self._ask(demand, 1, "PACK")
+        return self.of(name)
+
+    def _ask(self, demand: Demand, count: int, strategy: str) -> Any:
         from ray.util import placement_group
 
-        def group(count: int, strategy: str) -> Any:
-            labels = [dict(demand.where.labels)] * count if demand.where.labels else None
-            made = placement_group([dict(demand.each)] * count, strategy.upper(), bundle_label_selector=labels)
-            self._groups.setdefault(demand.name, []).append(made)
-            self._seats.setdefault(demand.name, []).extend(Seat(made, i, dict(demand.each)) for i in range(count))
-            return made
-
-        first = [group(demand.needed, demand.where.strategy)] if demand.needed else []
-        for _ in range(demand.count - demand.needed):
-            group(1, "PACK")
-        return first
+        labels = [dict(demand.where.labels)] * count if demand.where.labels else None
+        made = placement_group([dict(demand.each)] * count, strategy.upper(), bundle_label_selector=labels)
+        self._groups.setdefault(demand.name, []).append(made)
+        self._seats.setdefault(demand.name, []).extend(Seat(made, i, dict(demand.each)) for i in range(count))
+        return made
 
 
 @contextlib.contextmanager
@@ -241,7 +251,7 @@ def lacking(wanted: Sequence[Demand], nodes: Sequence[Node]) -> str:
         if places < demand.needed:
             strict = f" ({demand.where.strategy})" if demand.where.strategy.startswith("strict") else ""
             return (
-                f"this run asks for {demand.needed} {demand.what} with {amounts(demand.each)} each{strict}, and the cluster has room for "
+                f"this run asks for {counted(demand.needed, demand.what)} with {amounts(demand.each)} each{strict}, and the cluster has room for "
                 f"{places}: {_nodes(nodes, demand.each, 'total')}; lower {demand.mend}, or add nodes"
             )
     sums: dict[str, float] = {}
@@ -251,9 +261,9 @@ def lacking(wanted: Sequence[Demand], nodes: Sequence[Node]) -> str:
     for kind, amount in sums.items():
         there = sum(n.total.get(kind, 0) for n in nodes)
         if amount > there + _EPSILON:
-            parts = ", ".join(f"{d.needed} {d.what}" for d in wanted if kind in d.each)
+            parts = ", ".join(counted(d.needed, d.what) for d in wanted if kind in d.each)
             return (
-                f"this run asks for {amount:g} {kind} ({parts}), the cluster has {there:g} on {len(nodes)} nodes; lower "
+                f"this run asks for {amount:g} {kind} ({parts}), the cluster has {there:g} on {counted(len(nodes), 'nodes')}; lower "
                 f"{' or '.join(d.mend for d in wanted if kind in d.each)}, or add nodes"
             )
     return ""
@@ -264,7 +274,7 @@ def unlabelled(role: str, labels: Mapping[str, str], nodes: Sequence[Node]) -> s
     if any(labelled(n, labels) for n in nodes):
         return ""
     return (
-        f"no node has the labels {_pairs(labels)} that placement.{role}.labels asks for; the {len(nodes)} nodes have "
+        f"no node has the labels {_pairs(labels)} that placement.{role}.labels asks for; what there is: "
         f"{'; '.join(_pairs(_own(n.labels)) or 'none' for n in nodes)}; correct it, or start nodes with `ray start --labels`"
     )
 
@@ -272,7 +282,7 @@ def unlabelled(role: str, labels: Mapping[str, str], nodes: Sequence[Node]) -> s
 def _unplaced(first: Demand, nodes: Sequence[Node], wait_s: float) -> str:
     """Where the cluster would be large enough, but what is free, or how it is cut, is not."""
     return (
-        f"no room for {first.needed} {first.what} with {amounts(first.each)} each within ray.wait_s={wait_s:g}: "
+        f"no room for {counted(first.needed, first.what)} with {amounts(first.each)} each within ray.wait_s={wait_s:g}: "
         f"{_nodes(nodes, first.each, 'free')}; end what uses the rest, lower {first.mend}, or change placement.{first.role}"
     )
 
@@ -285,6 +295,12 @@ def _nodes(nodes: Sequence[Node], kinds: Mapping[str, float], side: str) -> str:
     ]
     each = [f"{texts.count(t)} x {t}" if texts.count(t) > 1 else t for t in dict.fromkeys(texts)]
     return f"its {len(nodes)} node{'s have' if len(nodes) != 1 else ' has'} {', '.join(each)}"
+
+
+def counted(number: int, what: str) -> str:
+    """`2 judge engines`, `1 judge engine`, `1 shard of retrieval`."""
+    noun, of, rest = what.partition(" of ")
+    return f"{number} {noun.removesuffix('s') if number == 1 else noun}{of}{rest}"
 
 
 def labelled(node: Node, labels: Mapping[str, str]) -> bool:

@@ -33,6 +33,7 @@ from cluster.sizes import ENGINE_GIB as ENGINE_GIB
 from cluster.sizes import GIB as GIB
 from cluster.sizes import needs as needs
 from cluster.storage import is_object_store
+from cluster.vllm.options import LORA_RANKS
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
@@ -95,9 +96,8 @@ def checks(config: RunConfig) -> Iterator[Check]:
         with contextlib.suppress(UserError):
             folder = find_run(config)[1]
             storage = str(folder.parent)  # a run may go on elsewhere
-            there = (
-                sum(f.stat().st_size for f in folder.glob("checkpoints/step-*/*")) / GIB
-            )  # these go as new ones come
+            saved_there = (f for c in folder.glob("checkpoints/step-*") for f in c.rglob("*"))
+            there = sum(f.stat().st_size for f in saved_there if f.is_file()) / GIB  # these go as new ones come
     saved = max(0.0, checkpoints_gib(config, shape) - there) if shape else 0.0
     yield partial(check_storage, storage, need_bytes=int((saved + 0.5) * GIB))
     if config.judge.kind == "chat" and not config.judge.replay:
@@ -192,10 +192,7 @@ def check_settings(config: RunConfig) -> None:
             f"learner.critic.kind={critic} and advantage.name={advantage.name} do not go together: a critic makes the advantages of gae, "
             "and no others; set learner.critic.kind to head or model for gae, else to none"
         )
-    if config.learner.lora.publish == "adapter" and not config.replay:
-        raise UserError(
-            "learner.lora.publish=adapter: the engines of a run are not sent adapters alone yet; set it to merged"
-        )
+    check_adapters(config)
     together, ranks = config.learner.context_parallel, config.train.num_workers
     if together > 0 and ranks % together:
         raise UserError(
@@ -235,6 +232,27 @@ def check_settings(config: RunConfig) -> None:
     if gpus and gpus != devices and (gpus > 1 or devices > 1):
         raise UserError(
             f"an engine of engine.tensor_parallel={devices} needs as many GPUs; set fleet.num_gpus={devices}"
+        )
+
+
+def check_adapters(config: RunConfig) -> None:
+    """Whether adapters alone can be published as the run is laid out."""
+    lora = config.learner.lora
+    if lora.publish != "adapter" or config.replay:
+        return
+    if config.fleet.transport not in ("auto", "shm"):
+        raise UserError(
+            f"learner.lora.publish=adapter travels by shared memory, not by fleet.transport={config.fleet.transport}; set that to auto, or "
+            "learner.lora.publish=merged"
+        )
+    if config.layout.kind == "collocated":
+        raise UserError(
+            "learner.lora.publish=adapter needs engines that keep the weights below the adapters, and those of layout.kind=collocated give "
+            "them back; set learner.lora.publish=merged"
+        )
+    if lora.rank > LORA_RANKS[-1]:
+        raise UserError(
+            f"learner.lora.rank={lora.rank} is more than engines take ({LORA_RANKS[-1]}); lower it, or set learner.lora.publish=merged"
         )
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from cluster.errors import one_line
 from cluster.membership import SEGMENTS, Place
 from cluster.publishing import Meeting
 from cluster.vllm import relay
+from cluster.vllm.adapters import AdapterWriter
 from cluster.vllm.buckets import learn_layout, to_wire
 from cluster.vllm.collective import CollectiveError, Sent
 from cluster.vllm.segment import SegmentError, ShmWriter, TensorSpec, torch_dtype
@@ -34,6 +37,7 @@ ROUNDS = 3
 
 Gather = Callable[[torch.dtype | None], Iterable[tuple[str, torch.Tensor]]]
 """The learner's weights in a type (None: as they are), from the start. Every rank must exhaust it."""
+Writer = ShmWriter | AdapterWriter
 Ask = Callable[[Any], Any]
 """The value behind a reference to an actor's answer, within a deadline."""
 
@@ -42,13 +46,15 @@ class Publisher:
     """One learner process's way to the samplers. Create it on every rank."""
 
     def __init__(
-        self, setup: Any, incarnation: int, ask: Ask, rank: int, world: int, device: torch.device | str = "cpu"
-    ) -> None:
-        """`setup`: a `cluster.learner.Setup`, of which `buffer`, `fleet`, `segments` and `train.verify_every` matter here."""
+        self, setup: Any, incarnation: int, ask: Ask, rank: int, world: int, device: torch.device | str = "cpu",
+        writer: Writer | None = None,
+    ) -> None:  # fmt: skip
+        """`setup`: a `cluster.learner.Setup`, of which `buffer`, `fleet`, `segments` and `train.verify_every` matter here. `writer`: of what
+        engines pull; None: of segments with all weights."""
         self._setup, self._incarnation, self._ask = setup, incarnation, ask
         self._rank, self._world = rank, world
         self._device = torch.device(device)
-        self._writer = ShmWriter(setup.segments, prefix=f"weights-{incarnation}")
+        self._writer = writer or ShmWriter(setup.segments, prefix=f"weights-{incarnation}")
         self._layout: dict[str, TensorSpec] = {}
         self._sender: Sender | None = None
         self._epoch = 0
@@ -82,12 +88,15 @@ class Publisher:
             self._ask(self._setup.buffer.published.remote(self._incarnation, step, report))
         return seconds
 
-    def next_batch(self, fetch: Callable[[], Any], gather: Gather, step: int) -> Any:
+    def next_batch(
+        self, fetch: Callable[[], Any], gather: Gather, step: int,
+        turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> Any:  # fmt: skip
         """The batch of `step`, by asking `fetch` until it is not None. While it is awaited, engines that stand without weights get
-        those of now: without them no batch may ever come."""
+        those of now: without them no batch may ever come. `turn`: what such a publish stands in, where engines share the device."""
         while True:
             batch = fetch()
-            if self._setup.fleet is None or not self.collective:
+            if self._setup.fleet is None:
                 if batch is not None:
                     return batch
                 continue
@@ -97,7 +106,8 @@ class Publisher:
                 word = "publish" if starving else "wait" if batch is None else "go"
             word = self._tell(word)
             if word == "publish":
-                self.publish(gather, step, again=True)
+                with turn():
+                    self.publish(gather, step, again=True)
             while word == "go":  # a rank that asked too early
                 if batch is not None:
                     return batch
@@ -122,7 +132,10 @@ class Publisher:
         """Segments of learners before this one: nobody will read them again."""
         for old in current.parent.glob("weights-*"):
             if not old.name.startswith(f"weights-{self._incarnation}-"):
-                old.unlink(missing_ok=True)
+                if old.is_dir():  # adapters
+                    shutil.rmtree(old, ignore_errors=True)
+                else:
+                    old.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------------ collectives
 
@@ -251,6 +264,8 @@ def _whole(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Iterator[tup
 def _sent_metrics(sent: Sent | None) -> dict[str, float]:
     if sent is None:
         return {}
+    if sent.gather_s is None or sent.send_s is None:
+        return {"publish/bytes": float(sent.nbytes)}
     return {
         "publish/bytes": float(sent.nbytes),
         "publish/gather_s": sent.gather_s,

@@ -19,7 +19,7 @@ from typing import Any
 
 from agents.types import Version
 from cluster.errors import Fenced, one_line
-from cluster.membership import SEGMENTS, Member, Membership, Place, StaleEpoch, choose
+from cluster.membership import SEGMENTS, Member, Membership, Place, StaleEpoch, choose, choose_for_adapters
 from cluster.vllm.handshake import Chunks, Collective, Exchange, Guest
 from cluster.vllm.transfer import (
     Deadlines,
@@ -78,13 +78,18 @@ class Meeting:
 class Publishing:
     """See the module. `state`: where what was published last is kept; None: nowhere."""
 
-    def __init__(self, transport: str, bucket_bytes: int, limits: Deadlines, version: str, state: Path | None) -> None:
+    def __init__(
+        self, transport: str, bucket_bytes: int, limits: Deadlines, version: str, state: Path | None, *,
+        adapters: bool = False,
+    ) -> None:  # fmt: skip
+        """`adapters`: they alone are published, which are files in shared memory."""
         self.version = version
         self.checksum: str | None = None
         """Of what was published last; None: nothing was."""
         self.rounds = 0
         """Publishes so far: who waits for weights looks at it."""
         self._asked = transport
+        self._adapters = adapters
         self._bucket_bytes = bucket_bytes
         self._limits = limits
         self._state = state
@@ -106,12 +111,14 @@ class Publishing:
         self.version, self.checksum = saved["version"], saved["checksum"]
         self._manifest = Manifest.from_dict(saved["manifest"]) if saved["manifest"] else None
         self._membership = Membership(saved["epoch"])
+        self._kind, self._learner = saved["kind"], Place(saved["node"])
         return True
 
     def meet(self, sender: str, learner: Place, peers: Mapping[str, Peer]) -> Meeting:
         """How the next publish of `sender` goes. Raises UserError when the transport cannot serve everybody."""
         self._learner = learner
-        self._kind = choose(self._asked, learner, {name: peer.facts.place for name, peer in peers.items()})
+        places = {name: peer.facts.place for name, peer in peers.items()}
+        self._kind = choose_for_adapters(learner, places) if self._adapters else choose(self._asked, learner, places)
         dtypes = {peer.facts.dtype for peer in peers.values()} - {""}
         epoch, world = 0, 1
         if self._kind not in SEGMENTS:
@@ -263,6 +270,8 @@ class Publishing:
                     "version": self.version,
                     "checksum": self.checksum,
                     "epoch": self._membership.number,
+                    "kind": self._kind,
+                    "node": self._learner.node,
                 }
             ),
             encoding="utf-8",

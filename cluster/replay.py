@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agents.advantages import lost_cause
-from agents.sharding import shard
+from agents.sharding import shards
 from agents.types import Group, RecordError
 from cluster.batch import Batch, make_batch, sample_age
 from cluster.buffer import BufferSetup, OutOfOrder
@@ -109,11 +109,12 @@ class Replay:
         return self._incarnation
 
     async def next_batch(
-        self, incarnation: int, step: int, world_size: int = 1, timeout_s: float = 5.0, shared: bool = False
-    ) -> Batch | None:
+        self, incarnation: int, step: int, world_size: int = 1, timeout_s: float = 5.0, shared: bool = False,
+        ranks: tuple[int, int] | None = None,
+    ) -> Batch | None:  # fmt: skip
         """The batch for optimiser step `step`, the same for every rank that asks; None when it is not made in time.
 
-        `shared`: the learner computes shared prefixes once.
+        `shared`: the learner computes shared prefixes once. `ranks`: see `Buffer.next_batch`.
         """
         self._fence(incarnation)
         if self._made is None or self._made.batch.step != step:
@@ -132,7 +133,7 @@ class Replay:
                     self._say(f"all {total} groups of the recording were trained; it begins again")
                 if not self._made.batch.last and self._shaper is None:  # a shaper first learns from the batch before
                     self._prepare(self._made.cursor, step + 1, world_size, shared)
-        return self._made.batch
+        return self._made.batch if ranks is None else self._made.batch.only(*ranks)
 
     async def settle(self, incarnation: int, step: int, row: Mapping[str, Any]) -> None:
         """The optimiser step `step` is done. `row` goes to the run's log, with the counts."""
@@ -247,8 +248,8 @@ class Replay:
             **whole.stats, "masked/stale": float(len(aged) - len(kept)), "staleness/mean": sum(ages) / len(ages),
             "staleness/max": float(max(ages)),
         }  # fmt: skip
-        shards = tuple(tuple(shard(samples, rank, world_size, shared=shared)) for rank in range(world_size))
-        batch = replace(whole, shards=shards, stats=stats)
+        parts = tuple(map(tuple, shards(samples, world_size, shared=shared)))
+        batch = replace(whole, shards=parts, stats=stats)
         return _Made(batch, cursor, sum(len(g.members) for g in groups), dropped, groups if self._shaper else [])
 
     def _fence(self, incarnation: int) -> None:

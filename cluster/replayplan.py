@@ -20,7 +20,7 @@ from cluster.model import ModelShape, model_shape, resolve
 from cluster.plan import Plan
 from cluster.preflight import Check, check_policy, check_section, check_settings, check_tokenizer
 from cluster.record import Recording, check_speech, groups_dir
-from cluster.sizes import GIB, checkpoints_gib, gib, host_gib, needs, published_gib, saved_gib
+from cluster.sizes import GIB, checkpoints_gib, gib, host_gib, needs, published_gib, saving_gib
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
@@ -63,7 +63,7 @@ def plan(config: RunConfig) -> Plan:
     shape = model_shape(config.model)
     if shape is not None:
         lines += [
-            f"memory      {memory_gib(config, shape):.1f} GiB on the machine, with {saved_gib(config, shape):.1f} while a checkpoint is written",
+            f"memory      {memory_gib(config, shape):.1f} GiB on the machine, with {saving_gib(config, shape):.1f} while a checkpoint is written",
             f"disk        checkpoints of at most {checkpoints_gib(config, shape):.1f} GiB ({train.keep_checkpoints} kept, one being written)",
         ]
     return Plan(tuple(lines), tuple(dict.fromkeys(missing)))

@@ -26,7 +26,9 @@ LEARNER_GIB = 0.5
 BASE_GIB = 2.0
 """Ray, the driver, a rollout worker and the retrieval actor together, without the object store."""
 SAVED_BYTES_PER_PARAMETER = 12
-"""float32 weights and two moments: what a checkpoint takes on disk, and at most in memory while it is written."""
+"""float32 weights and two moments: what a checkpoint takes on disk."""
+WEIGHT_FILE_GIB = 4.0
+"""Most of one weight file of a sharded checkpoint (`agents.learning.sharded.FILE_BYTES`)."""
 CPU_KV_GIB = 0.5
 """Cache of an engine on CPU that is told nothing."""
 
@@ -150,7 +152,7 @@ def offloaded_gib(config: RunConfig, shape: ModelShape) -> float:
 
 def passing_gib(config: RunConfig, shape: ModelShape) -> float:
     """What is taken for a while: as learners load, or as a checkpoint is written, which do not happen at once."""
-    return max(loading_gib(config, shape), saved_gib(config, shape))
+    return max(loading_gib(config, shape), saving_gib(config, shape))
 
 
 def loading_gib(config: RunConfig, shape: ModelShape) -> float:
@@ -166,8 +168,19 @@ def rest_gib(config: RunConfig) -> float:
     return BASE_GIB + config.ray.object_store_mb / 1024
 
 
+def saving_gib(config: RunConfig, shape: ModelShape) -> float:
+    """While a checkpoint is written. The first learner alone gathers what is in it; of a sharded one each holds two weight files at a time,
+    then its own moments as they are written, from GPUs by way of a copy."""
+    saved = saved_gib(config, shape)
+    if not config.learner.sharded_checkpoints:
+        return saved
+    weights = gib(4 * shape.num_parameters)
+    files = min(2 * weights, 2 * WEIGHT_FILE_GIB * config.train.num_workers)
+    return max(files, (2 if trains_on_gpu(config) else 1) * (saved - weights))
+
+
 def saved_gib(config: RunConfig, shape: ModelShape) -> float:
-    """One checkpoint. The first learner alone gathers it: the weights, then the moments, then a value model with both."""
+    """One checkpoint on disk: the weights, the moments, and a value model with both."""
     if config.learner.lora.rank:  # of moments and a value model, those of adapters alone
         return gib(4 * shape.num_parameters)
     models = 2 if config.learner.critic.kind == "model" else 1

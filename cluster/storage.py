@@ -110,9 +110,14 @@ class ObjectStore:
             self.filesystem.create_dir(
                 target.rpartition("/")[0], recursive=True
             )  # an object store has none, and says nothing
-            with self.filesystem.open_output_stream(target) as stream:
-                for chunk in chunks:
-                    stream.write(chunk)
+            try:
+                with self.filesystem.open_output_stream(target) as stream:
+                    for chunk in chunks:
+                        stream.write(chunk)
+            except BaseException:  # closing the stream has made a file of what was there by then
+                with contextlib.suppress(Exception):
+                    self.filesystem.delete_file(target)
+                raise
 
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}".rstrip("/") if name else self.path

@@ -162,7 +162,7 @@ class Belongings:
         trained = [learner.trained, *([learner.critic.trained] if learner.critic is not None else [])]
         models = [learner.model, *([learner.critic.model] if learner.critic is not None else []), *beside]
         # A critic that is a head on the policy's states is the same module; it moves once.
-        return cls({id(m): m for m in models if m is not None}.values(), [t._adam for t in trained])
+        return cls({id(m): m for m in models if m is not None}.values(), [t.optimiser for t in trained])
 
     def drop_gradients(self) -> None:
         """They are made anew by the next step."""

@@ -19,14 +19,14 @@ from agents.types import Sample
 VOCAB = 61
 
 
-def tiny_qwen3(seed: int = 0, tied: bool = True, attention: str = "sdpa") -> Any:
+def tiny_qwen3(seed: int = 0, tied: bool = True, attention: str = "sdpa", head_dim: int = 16) -> Any:
     """A Hugging Face Qwen3 of about 20,000 weights, float32."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, tie_word_embeddings=tied, max_position_embeddings=256,
+        num_key_value_heads=1, head_dim=head_dim, tie_word_embeddings=tied, max_position_embeddings=256,
         attn_implementation=attention,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
@@ -36,8 +36,9 @@ def tiny_qwen3(seed: int = 0, tied: bool = True, attention: str = "sdpa") -> Any
     return model
 
 
-def save_tiny(folder: Path, seed: int = 0) -> Path:
-    tiny_qwen3(seed).save_pretrained(str(folder))
+def save_tiny(folder: Path, seed: int = 0, head_dim: int = 16) -> Path:
+    """`head_dim`: vLLM takes multiples of 32 on CPU."""
+    tiny_qwen3(seed, head_dim=head_dim).save_pretrained(str(folder))
     return folder
 
 

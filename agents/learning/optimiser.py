@@ -42,6 +42,11 @@ class Trained:
             eps=config.adam_eps,
         )
 
+    @property
+    def optimiser(self) -> torch.optim.Optimizer:
+        """For whoever moves its state between devices."""
+        return self._adam
+
     def set_rate(self, rate: float) -> None:
         for settings in self._adam.param_groups:
             settings["lr"] = rate

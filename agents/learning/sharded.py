@@ -48,7 +48,7 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
     try:
         result = work()
     except Exception as raised:
-        error = _cause(raised)
+        error = raised
     line = "" if error is None else f"rank {_rank(group)}: {' '.join(str(error).split()) or type(error).__name__}"
     said = everybody((line, isinstance(error, OSError)), group)
     first = next(((text, disk) for text, disk in said if text), None)
@@ -116,18 +116,24 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
 
 
 def shard_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the whole tensors by name, from the headers alone."""
+    """Shapes of the whole tensors by name, from the headers alone. Raises ValueError."""
     if not folder.is_dir():
         return {}
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    try:
+        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise ValueError(f"the parts in {folder} cannot be read: {_reason(error)}") from error
     return {name: tuple(about.size) for name, about in found.items()}
 
 
 def read_shards(folder: Path, like: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
-    """The tensors of these names, laid out as those given, which stay as they are. Every rank calls it."""
+    """The tensors of these names, laid out as those given, which stay as they are. Every rank calls it. Raises ValueError."""
     made = {name: torch.empty_like(tensor, requires_grad=False) for name, tensor in like.items()}
     if made:
-        _calmly(dcp.load, made, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+        try:
+            _calmly(dcp.load, made, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+        except Exception as error:
+            raise ValueError(f"the parts in {folder} cannot be read: {_reason(error)}") from error
     return made
 
 
@@ -137,10 +143,13 @@ def whats(names: Sequence[str], owner: str) -> list[str]:
 
 
 def _calmly(work: Callable[..., Any], tensors: dict[str, Tensor], **options: Any) -> None:
-    """One process is no reason for a warning."""
+    """One process is no reason for a warning. What failed is raised as itself: torch's own exception is no `Exception`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        work(tensors, no_dist=not dist.is_initialized(), **options)
+        try:
+            work(tensors, no_dist=not dist.is_initialized(), **options)
+        except CheckpointException as error:
+            raise _cause(error) from error
 
 
 def _file(number: int) -> str:
@@ -151,9 +160,11 @@ def _rank(group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def _cause(error: Exception) -> Exception:
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _cause(error: CheckpointException) -> Exception:
     """What torch wraps up with every rank's traceback."""
-    if isinstance(error, CheckpointException):
-        inner = next(iter(error.failures.values()), (error, None))[0]
-        return inner if isinstance(inner, Exception) else error
-    return error
+    inner = next(iter(error.failures.values()), (None, None))[0]
+    return inner if isinstance(inner, Exception) else RuntimeError(" ".join(str(error).split())[:300])

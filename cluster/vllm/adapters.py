@@ -19,44 +19,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
-from cluster.vllm.segment import KEEP, SegmentError
+from cluster.vllm.options import LORA_RANKS
+from cluster.vllm.segment import KEEP, Manifest, SegmentError
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 NAME, ID = "policy", 1
 """The one adapter of an engine. vLLM tells cached prefixes apart by its name and folder: a pause must clear them, as it does."""
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Sizes vLLM makes room for."""
-
-
-@dataclass(frozen=True)
-class AdapterManifest:
-    """What the learner tells the engines about an adapter. Plain values: it crosses processes."""
-
-    path: str
-    """The folder; every engine that gets this manifest must see it."""
-    nbytes: int
-    """Size of the weights' file."""
-    checksum: str
-    """SHA-256 of the weights' file and of the settings behind it, as hexadecimal."""
-    num_tensors: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> AdapterManifest:
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise SegmentError(f"not an adapter's manifest: {error}") from None
+ADAPTER = "adapter"
+"""`Manifest.kind` of what is written here: `nbytes` is the size of the weights' file, `checksum` is of it and of the settings behind it."""
 
 
 class AdapterWriter:
@@ -70,7 +47,7 @@ class AdapterWriter:
         self._sequence = 0
         self._written: list[Path] = []
 
-    def write(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> AdapterManifest:
+    def write(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Manifest:
         """Write one adapter; it is visible to readers once this returns."""
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in named_tensors}
         if not tensors:
@@ -89,7 +66,7 @@ class AdapterWriter:
         self._sequence += 1
         self._written.append(path)
         self._clear(KEEP)
-        return AdapterManifest(str(path), len(data), _digest(data, self._settings), len(tensors))
+        return Manifest(str(path), len(data), _digest(data, self._settings), len(tensors), ADAPTER)
 
     def close(self) -> None:
         """Remove what this writer wrote. An engine has a copy of what it loaded."""
@@ -100,7 +77,7 @@ class AdapterWriter:
             shutil.rmtree(self._written.pop(0), ignore_errors=True)
 
 
-def verify_adapter(manifest: AdapterManifest) -> None:
+def verify_adapter(manifest: Manifest) -> None:
     """Raises SegmentError, one line, when the folder does not hold what its writer wrote."""
     folder = Path(manifest.path)
     try:
@@ -113,33 +90,43 @@ def verify_adapter(manifest: AdapterManifest) -> None:
         raise SegmentError(f"checksum of {folder} is {found[:12]}..., its manifest says {manifest.checksum[:12]}...")
 
 
-def adapter_options(rank: int) -> dict[str, Any]:
-    """vLLM's engine arguments for one adapter of that rank; none for rank 0. Raises SegmentError for a rank beyond vLLM's."""
+def adapter_options(rank: int, targets: Sequence[str]) -> dict[str, Any]:
+    """vLLM's engine arguments for one adapter of that rank; none for rank 0. Raises SegmentError for a rank beyond vLLM's.
+
+    `targets`: the layers that have room for one. It must not be all: vLLM 0.32 on CPU fails at log-probabilities of a prompt where the
+    output matrix has room for an adapter.
+    """
     if rank == 0:
         return {}
-    room = next((size for size in RANKS if size >= rank), None)
+    room = next((size for size in LORA_RANKS if size >= rank), None)
     if room is None:
         raise SegmentError(
-            f"learner.lora.rank={rank} is more than engines take ({RANKS[-1]}): set learner.lora.publish=merged"
+            f"learner.lora.rank={rank} is more than engines take ({LORA_RANKS[-1]}): set learner.lora.publish=merged"
         )
-    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": room}
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_cpu_loras": 1,
+        "max_lora_rank": room,
+        "lora_target_modules": list(targets),
+    }
 
 
-def adapter_request(manifest: AdapterManifest) -> Any:
+def adapter_request(manifest: Manifest) -> Any:
     """The LoRARequest that loads this adapter in place of the one before it, and by which requests ask for it."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(NAME, ID, manifest.path, load_inplace=True)
 
 
-def use_request(manifest: AdapterManifest) -> Any:
+def use_request(manifest: Manifest) -> Any:
     """The LoRARequest of a generation: the adapter that is loaded, whatever is published meanwhile."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(NAME, ID, manifest.path)
 
 
-async def load_adapter(llm: Any, manifest: AdapterManifest) -> Any:
+async def load_adapter(llm: Any, manifest: Manifest) -> Any:
     """Brings a checked adapter into a running AsyncLLM whose requests are held. Returns what its generations must be given.
 
     Raises what vLLM raises when it refuses the adapter; the engine then still has the one before it.

@@ -16,6 +16,8 @@ No vLLM here: the learner imports this file too.
 from __future__ import annotations
 
 import re
+import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,8 +45,14 @@ class Rendezvous:
     """Where the ranks of an epoch meet: a store in the learner's first rank, on a port that the system chose."""
 
     def __init__(self, host: str) -> None:
-        self._store = dist.TCPStore(host, 0, None, True, timedelta(seconds=60), wait_for_workers=False)
-        self.endpoint: dict[str, Any] = {"host": host, "port": self._store.port}
+        # By itself the store would listen on every interface.
+        listener = socket.create_server((host, 0))
+        port = listener.getsockname()[1]
+        self._store = dist.TCPStore(
+            host, port, None, True, timedelta(seconds=60), wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        self._secret = secrets.token_hex(16)
+        self.endpoint: dict[str, Any] = {"host": host, "port": port, "secret": self._secret}
 
     def gather(
         self, number: int, world_size: int, limit_s: float, over: Callable[[], bool] = lambda: False
@@ -53,7 +61,7 @@ class Rendezvous:
 
         Raises CollectiveError when one is missing at the deadline, or as soon as `over` says that waiting is no use.
         """
-        store = dist.PrefixStore(f"epoch-{number}", self._store)
+        store = dist.PrefixStore(f"{self._secret}-{number}", self._store)
         deadline = time.monotonic() + limit_s
         asked = time.monotonic()
         for rank in range(1, world_size):
@@ -74,7 +82,7 @@ def arrive(endpoint: Mapping[str, Any], number: int, rank: int, limit_s: float) 
     deadline = time.monotonic() + limit_s
     try:
         server = dist.TCPStore(endpoint["host"], endpoint["port"], None, False, timedelta(seconds=limit_s))
-        store = dist.PrefixStore(f"epoch-{number}", server)
+        store = dist.PrefixStore(f"{endpoint['secret']}-{number}", server)
         store.set(f"here-{rank}", b"1")
         while not store.check(["word"]):
             if time.monotonic() > deadline:
@@ -132,12 +140,12 @@ class Sent:
     checksum: str
     """`StreamDigest` of what was sent."""
     nbytes: int
-    gather_s: float
-    """Seconds in which this thread gathered and packed."""
-    send_s: float
-    """Seconds in which the other thread sent."""
     seconds: float
-    """Of both together: less than their sum by what overlapped."""
+    """Of the whole pass."""
+    gather_s: float | None = None
+    """Seconds in which this thread gathered and packed; None: not measured."""
+    send_s: float | None = None
+    """Seconds in which the other thread sent. With `gather_s` more than `seconds` by what overlapped."""
 
 
 def send(weights: Iterable[tuple[str, torch.Tensor]], layout: Layout, group: Group, bucket_bytes: int) -> Sent:
@@ -175,7 +183,7 @@ def send(weights: Iterable[tuple[str, torch.Tensor]], layout: Layout, group: Gro
     finally:
         sender.shutdown(wait=False)
     seconds = time.perf_counter() - began
-    return Sent(digest.hexdigest(), nbytes, seconds - waited, sending[0], seconds)
+    return Sent(digest.hexdigest(), nbytes, seconds, seconds - waited, sending[0])
 
 
 def receive(

@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cluster.vllm.adapters import ADAPTER, load_adapter, use_request, verify_adapter
 from cluster.vllm.buckets import from_wire
 from cluster.vllm.expected import expected_layout, optional_names
 from cluster.vllm.ideal import IdealCache
@@ -67,6 +68,9 @@ class PolicyEngine:
         self._log: Path | None = None
         self._tokenizer: Any = None
         self._init_info: dict[str, Any] | None = None
+        self._coming: Manifest | None = None
+        self._adapter: Manifest | None = None
+        """Of the adapter that is sampled by; None: the checkpoint alone."""
         self._paused = False
         self._residence = Residence()
         self._in_flight = 0
@@ -233,11 +237,11 @@ class PolicyEngine:
         self._paused = False
 
     async def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
-        """Meet the trainer's transport. Does nothing if that was done with the same information."""
+        """Meet the trainer's transport. Does nothing if that was done with the same information, nor for adapters, which are files."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         info = dict(init_info)
-        if self._init_info == info:
+        if self._init_info == info or self.config.lora_rank:
             return
         self._init_info = None
         await self._guard(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)))
@@ -246,11 +250,13 @@ class PolicyEngine:
     async def stage_weights(self, update_info: Mapping[str, Any]) -> None:
         """Check what is about to be loaded while the engine still generates, in this process."""
         if "manifest" in update_info:
-            await asyncio.to_thread(_verify_segment, Manifest.from_dict(update_info["manifest"]))
+            await asyncio.to_thread(_verify, Manifest.from_dict(update_info["manifest"]), bool(self.config.lora_rank))
         if "layout" in update_info:
             self._check_layout(update_info["layout"])
 
     async def start_weight_update(self) -> None:
+        if self.config.lora_rank:
+            return
         if self._residence.stay is Stay.ASLEEP:
             await self._guard(self._engine.wake_up(["weights"]))
             self._residence.mapped()
@@ -259,14 +265,23 @@ class PolicyEngine:
     async def update_weights(self, update_info: Mapping[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+        if self.config.lora_rank:
+            self._coming = Manifest.from_dict(update_info["manifest"])
+            return
         await self._guard(self._engine.update_weights(WeightTransferUpdateRequest(update_info=dict(update_info))))
 
     async def finish_weight_update(self) -> None:
+        if self.config.lora_rank:
+            await self._take_adapter()
+            return
         await self._guard(self._engine.finish_weight_update())
         self._residence.loaded()
 
     async def abort_weight_update(self) -> None:
         """Forget a started update whose weights were not applied."""
+        if self.config.lora_rank:
+            self._coming = None
+            return
         await self._rpc("gumshoe_abort_update")
 
     async def set_version(self, label: str) -> None:
@@ -315,7 +330,7 @@ class PolicyEngine:
         """What this engine runs on, in three statements of different strength.
 
         `received` equals the trainer's `Manifest.checksum` exactly if the last segment that was completely loaded is
-        the one the trainer wrote; its bytes were hashed when it was staged. After a collective it is the `StreamDigest`
+        the one the trainer wrote; its bytes were hashed when it was staged. Of adapters it is that of the adapter. After a collective it is the `StreamDigest`
         of what was loaded, which the trainer computes too. `live` hashes the parameters vLLM
         still holds as tensors. On CPU the linear layers are packed into a kernel's own format and have no tensor
         any more, so `live` then covers embeddings and norms only (`live_bytes` says how much). It can be compared
@@ -330,7 +345,7 @@ class PolicyEngine:
             raise EngineError("weights", f"workers of one engine hold different weights: {sorted(map(str, received))}")
         return Checksums(
             version=self.version,
-            received=received.pop(),
+            received=self._adapter.checksum if self._adapter is not None else received.pop(),
             live="+".join(entry["live"] for entry in per_worker),
             live_bytes=sum(entry["live_bytes"] for entry in per_worker),
         )
@@ -368,6 +383,14 @@ class PolicyEngine:
         await self.reset_prefix_cache()
         self._prompt_tokens = self._cached_tokens = self._cacheable_tokens = self._sampled_tokens = 0
 
+    async def _take_adapter(self) -> None:
+        """The adapter that was staged, in place of the one before; vLLM has read it whole before it lets go of that one."""
+        coming, self._coming = self._coming, None
+        if coming is None:
+            raise EngineError("weights", "no adapter was received")
+        await self._guard(load_adapter(self._engine, coming))
+        self._adapter = coming
+
     def _text(self) -> Any:
         """The model's tokenizer, loaded when a protocol that ends on text first asks."""
         if self._tokenizer is None:
@@ -384,8 +407,9 @@ class PolicyEngine:
         try:
             final, ended = None, False
             outputs: AsyncIterator[Any] = self._engine.generate(
-                {"prompt_token_ids": list(prompt_ids)}, params, request_id
-            )
+                {"prompt_token_ids": list(prompt_ids)}, params, request_id,
+                lora_request=None if self._adapter is None else use_request(self._adapter),
+            )  # fmt: skip
             async for output in outputs:
                 final = output
                 if more(output.outputs[0]) and not ended and not output.finished:
@@ -473,8 +497,16 @@ def _await_end(pids: Sequence[int]) -> None:
             process.kill()
 
 
-def _verify_segment(manifest: Manifest) -> None:
+def _verify(manifest: Manifest, adapters: bool) -> None:
+    """`adapters`: whether the engine was started for adapters alone."""
     try:
+        if adapters != (manifest.kind == ADAPTER):
+            raise SegmentError(
+                f"{manifest.kind} was published to an engine that takes {ADAPTER if adapters else 'weights'}"
+            )
+        if adapters:
+            verify_adapter(manifest)
+            return
         reader = SegmentReader(manifest)
         try:
             reader.verify_checksum()

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.vllm.adapters import adapter_options
 from cluster.vllm.options import EngineConfig
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def build(config: EngineConfig, on_cpu: bool, kv_bytes: int | None) -> AsyncLLM:
         use_tqdm_on_load=False,
         worker_extension_cls="cluster.vllm.worker.WorkerExtension",
         weight_transfer_config={"backend": "gumshoe"},  # receivers.BACKEND; importing it here would load the worker
+        **adapter_options(config.lora_rank, config.lora_targets),
         **options,
     )
     return AsyncLLM.from_engine_args(args)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Sizes of adapters that vLLM makes room for."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -38,6 +41,10 @@ class EngineConfig:
     """`keep` reuses keys and values of older weights after a publish: faster, biased."""
     sleeps: bool = False
     """Whether it can give its GPU back for a while; set by the run where learners share it (`layout.kind=collocated`)."""
+    lora_rank: int = 0
+    """Rank of the adapter that is published to it in place of all weights; set by the run (`learner.lora.publish=adapter`). 0: none."""
+    lora_targets: tuple[str, ...] = ()
+    """Linear layers that the adapter has parts for, by the last part of their name; set with `lora_rank`."""
     version: str = "initial"
     """Label of the weights the engine starts with."""
     start_timeout_s: float = 300.0

@@ -83,6 +83,8 @@ class Manifest:
     """SHA-256 of the whole file, header included, as hexadecimal."""
     num_tensors: int
     """How many tensors it holds."""
+    kind: str = "weights"
+    """`adapter`: the path is a folder with adapters alone (`cluster.vllm.adapters`), and the checksum is of the files in it."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

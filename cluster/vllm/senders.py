@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -80,7 +81,8 @@ class NcclSender:
 
         self._rendezvous.gather(epoch, world_size, limit_s, over)
         device = torch.accelerator.current_device_index()
-        self._communicator = uid_init_process_group(self._unique_id, 0, world_size, device)
+        with failures("the NCCL group was not met"):
+            self._communicator = uid_init_process_group(self._unique_id, 0, world_size, device)
 
     def send(self, weights: Weights, layout: Layout, bucket_bytes: int, limit_s: float) -> Sent:
         import time
@@ -96,10 +98,9 @@ class NcclSender:
             client=Told(), source=source, packed=True, packed_buffer_size_bytes=bucket_bytes
         )
         engine.model_update_group = self._communicator
-        with aborted_after(limit_s, self._communicator):
+        with failures("the broadcast failed"), aborted_after(limit_s, self._communicator):
             engine.send_weights()
-        seconds = time.perf_counter() - began
-        return Sent(source.digest.hexdigest(), source.nbytes, seconds, seconds, seconds)
+        return Sent(source.digest.hexdigest(), source.nbytes, time.perf_counter() - began)
 
     def close(self) -> None:
         if self._communicator is not None:
@@ -136,14 +137,25 @@ class IpcSender:
             packed=True,
             packed_buffer_size_bytes=largest(layout, bucket_bytes),
         )
-        engine.send_weights()
+        with failures("the weights were not laid down"):
+            engine.send_weights()
         if client.failure is not None:
             raise CollectiveError(f"an engine did not take the weights: {client.failure}") from client.failure
-        seconds = time.perf_counter() - began
-        return Sent(source.digest.hexdigest(), source.nbytes, seconds, seconds, seconds)
+        return Sent(source.digest.hexdigest(), source.nbytes, time.perf_counter() - began)
 
     def close(self) -> None:
         """Buffers end with each pass."""
+
+
+@contextlib.contextmanager
+def failures(what: str) -> Iterator[None]:
+    """What vLLM and NCCL raise of their own is a broken collective: it is met anew, and no learner ends by it."""
+    try:
+        yield
+    except CollectiveError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise CollectiveError(f"{what}: {' '.join(str(error).split())[:200]}") from error
 
 
 class Source:

@@ -37,7 +37,7 @@ def test_a_run_goes_on_without_a_node_and_takes_it_back(pair: TwoNodes, tmp_path
         f"storage_path={tmp_path}",
         f"ray.address={pair.address}",
         f"placement.learner.labels={{side: {learner}}}",
-        "train.steps=12",
+        "train.steps=40",  # enough for an engine to come up again meanwhile
     )
     with gumshoe(*RUN, *more, log=log, env=OPEN) as process:
 
@@ -64,12 +64,14 @@ def test_a_run_goes_on_without_a_node_and_takes_it_back(pair: TwoNodes, tmp_path
             says("learner 1 begins")
         finished(process, log, 400)
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["steps"] == 12
+    assert summary["steps"] == 40
     trained = rows(run_dir, "train")
     assert all(balanced(r) and r["staleness/max"] <= 1 for r in trained)
-    assert all(r["mismatch/kl_k3"] < 1e-6 for r in trained), "a sampler held other weights than its label says"
+    # One optimiser step moves log-probs by so much at this rate; of a batch of the newest weights they agree.
+    assert all(r["mismatch/kl_k3"] < 1e-5 for r in trained), "a sampler held other weights than its label says"
+    assert all(r["mismatch/kl_k3"] < 1e-8 for r in trained if r["staleness/max"] == 0)
     books = replayed(journal(run_dir / "ledger.jsonl"))
     books.agrees(summary["ledger"])
     assert books.counts().get("dropped: worker_lost"), "the lost node's worker held leases"
     assert books.restores == (learner == "other")
-    assert len(books.trained_at) * 4 == summary["ledger"]["trained"] == 12 * 8
+    assert len(books.trained_at) * 4 == summary["ledger"]["trained"] == 40 * 8

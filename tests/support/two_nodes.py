@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
-"""The cluster is on loopback and lives for one test; Ray may otherwise ask for a token."""
+"""The cluster lives for one test; Ray may otherwise ask for a token. It listens on the machine's own address: Ray's clients ask for that
+even where they are told 127.0.0.1."""
 QUICK = {"health_check_period_ms": 1000, "health_check_timeout_ms": 3000, "health_check_failure_threshold": 3}
 """A node that was killed is noticed within seconds, and one that is merely slow is not taken for dead."""
 
@@ -59,7 +60,7 @@ class TwoNodes:
         cache = self.folder / f"cache-{name}"  # each node has a disk of its own
         return {
             "num_cpus": self._cpus, "resources": {name: 1.0}, "labels": {"side": name}, "object_store_memory": 100 << 20,
-            "node_ip_address": "127.0.0.1", "env_vars": {**OPEN, "GUMSHOE_CACHE": str(cache)},
+            "env_vars": {**OPEN, "GUMSHOE_CACHE": str(cache)},
         }  # fmt: skip
 
 

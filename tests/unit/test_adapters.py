@@ -13,15 +13,19 @@ from safetensors.torch import load_file
 from agents.learning.config import LearnerConfig, LoraConfig
 from agents.learning.learner import Learner
 from agents.learning.lora import peft_config
+from cluster.config import load_config
+from cluster.errors import UserError
+from cluster.membership import Place, choose_for_adapters
+from cluster.preflight import check_adapters
+from cluster.schema import RunConfig
 from cluster.vllm.adapters import (
     SETTINGS,
     WEIGHTS,
-    AdapterManifest,
     AdapterWriter,
     adapter_options,
     verify_adapter,
 )
-from cluster.vllm.segment import SegmentError
+from cluster.vllm.segment import Manifest, SegmentError
 from tests.learning_tools import tiny_qwen3
 
 LORA = LoraConfig(rank=2, alpha=4.0, publish="adapter")
@@ -30,7 +34,7 @@ LORA = LoraConfig(rank=2, alpha=4.0, publish="adapter")
 def test_an_adapter_is_a_peft_folder_that_only_its_size_goes_out(tmp_path: Path) -> None:
     learner = Learner(tiny_qwen3(), LearnerConfig(lora=LORA))
     writer = AdapterWriter(tmp_path, peft_config(LORA, "the base"))
-    manifest = AdapterManifest.from_dict(writer.write(learner.adapters(torch.bfloat16)).to_dict())
+    manifest = Manifest.from_dict(writer.write(learner.adapters(torch.bfloat16)).to_dict())
     verify_adapter(manifest)
     folder = Path(manifest.path)
     tensors, settings = load_file(folder / WEIGHTS), json.loads((folder / SETTINGS).read_text())
@@ -61,10 +65,12 @@ def test_old_adapters_are_cleared_and_damage_is_one_line(tmp_path: Path) -> None
 
 
 def test_engines_make_room_for_the_next_size() -> None:
-    assert adapter_options(0) == {}
-    assert adapter_options(2)["max_lora_rank"] == 8 and adapter_options(64)["max_lora_rank"] == 64
+    assert adapter_options(0, ()) == {}
+    assert (
+        adapter_options(2, ["q_proj"])["max_lora_rank"] == 8 and adapter_options(64, ["q_proj"])["max_lora_rank"] == 64
+    )
     with pytest.raises(SegmentError, match="publish=merged"):
-        adapter_options(600)
+        adapter_options(600, ["q_proj"])
 
 
 def test_adapters_alone_need_a_rank() -> None:
@@ -72,3 +78,22 @@ def test_adapters_alone_need_a_rank() -> None:
         LearnerConfig(lora=LoraConfig(publish="adapter")).check()
     with pytest.raises(ValueError, match="merged, adapter"):
         LearnerConfig(lora=LoraConfig(rank=1, publish="both")).check()
+
+
+def test_a_run_says_which_layouts_and_transports_cannot_carry_adapters() -> None:
+    adapters = ["learner.lora.publish=adapter", "learner.lora.rank=8"]
+    check_adapters(load_config("demo", adapters, RunConfig))
+    for more, said in (
+        ("fleet.transport=gloo", "not by fleet.transport=gloo"),
+        ("layout.kind=collocated", "layout.kind=collocated give them back"),
+        ("learner.lora.rank=600", "more than engines take"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_adapters(load_config("demo", [*adapters, more], RunConfig))
+
+
+def test_adapters_travel_by_shared_memory_whatever_engines_run_on() -> None:
+    learner, there = Place("a", ("gpu-0",)), {"one": Place("a", ("gpu-1",)), "two": Place("a", ("gpu-0",))}
+    assert choose_for_adapters(learner, there) == "shm"
+    with pytest.raises(UserError, match=r"1 of 3 engines \(far, ...\)"):
+        choose_for_adapters(learner, {**there, "far": Place("b")})

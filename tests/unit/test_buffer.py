@@ -10,6 +10,7 @@ from agents.advantages import AdvantageConfig
 from agents.curriculum import Uniform
 from agents.types import Group, RecordError, StopReason, Task, Verdict, Version
 from cluster.buffer import Buffer, BufferConfig, BufferSetup, Fenced, OutOfOrder
+from cluster.errors import UserError
 from cluster.journal import close_books
 from cluster.ledger import audit
 from rewards.judges.health import MaskConfig
@@ -420,6 +421,8 @@ async def test_the_last_batch_says_so_and_shards_are_even():
     batch = await buffer.next_batch(0, 0, world_size=2)
     assert batch.last
     assert [len(s) for s in batch.shards] == [2, 2]
+    own = await buffer.next_batch(0, 0, world_size=2, ranks=(1, 1))
+    assert own.shards == ((), batch.shards[1]) and own.stats == batch.stats, "a rank is sent its own part"
     with pytest.raises(ValueError, match="asks for batch 3"):
         await buffer.next_batch(0, 3)
 
@@ -544,3 +547,13 @@ async def test_a_shaper_changes_what_ships_and_its_memory_goes_into_the_checkpoi
     other = Buffer(a_setup(shaper=ShaperConfig(name="hapo")), Uniform(TASKS, seed=0))
     await other.enter(state)
     assert (await other.state())["shaper"] == state["shaper"]
+
+
+async def test_a_learner_that_does_not_find_the_checkpoint_is_refused():
+    """On a node without the run's storage training would begin anew, and nobody would notice."""
+    buffer = await a_buffer()
+    await deliver(buffer, 0)
+    await train(buffer, 0)
+    await buffer.checkpointed(0, 1)
+    with pytest.raises(UserError, match="there was one of step 1: its node does not see"):
+        await buffer.enter(None)

@@ -7,6 +7,7 @@ on an event loop. `tests/engines/test_collective_publish.py` does it with real o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -285,11 +286,21 @@ def test_an_engine_that_joins_is_in_the_next_epoch_and_one_alone_is_sent_to_whil
         with lock:
             return next(batches) if not story.engines["c"].label else "batch"
 
+    turns: list[bool] = []
+
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        turns.append(bool(story.engines["c"].label))
+        yield
+
     with ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(story.ranks[r].next_batch, fetch, story.gather(r, 2), 2) for r in (0, 1)]
+        asked = [pool.submit(story.ranks[r].next_batch, fetch, story.gather(r, 2), 2, turn) for r in (0, 1)]
         assert [one.result(60) for one in asked] == ["batch", "batch"]
     assert story.engines["c"].holds == 2.0 and story.live() == {"c"}
     assert story.published == [1, 2], "the ledger was told of the same weights twice"
+    assert turns == [False, False], (
+        "on a device that learner and engines share, each rank takes its turn for that publish"
+    )
 
 
 def test_a_publish_in_an_epoch_that_is_over_reaches_nobody() -> None:
@@ -441,3 +452,40 @@ def test_a_relay_fetches_once_per_node_and_by_another_engine_if_the_first_cannot
     assert sorted(seen) == [("b", "bytes"), ("c", "bytes"), ("d", "bytes")]
     assert report["publish/failed"] == 1 and story.live() == {"a", "b", "c"}
     assert any("d has no room" in line for line in story.run(story.fleet.events()))
+
+
+def test_a_learner_publishes_again_when_no_engine_holds_weights_whatever_the_transport() -> None:
+    story = Story([Engine("a")], transport="shm")
+    story.fleet._engines["a"].live = False  # as after a death of the fleet, with a segment that it cannot see
+    published = []
+
+    def publish(gather: Any, step: int, *, again: bool = False) -> float:
+        published.append((step, again))
+        story.fleet._engines["a"].live = True
+        return 0.0
+
+    one = story.ranks[0]
+    one.publish, one._tell = publish, lambda word: word  # type: ignore[method-assign]
+    assert one.next_batch(lambda: "batch" if published else None, story.gather(0, 3), 3) == "batch"
+    assert published == [(3, True)]
+    story.fleet._engines["a"].live, story.fleet._engines["a"].loading = False, True
+    assert not story.run(story.fleet.starving()), "it is being brought what was published last"
+
+
+def test_engines_that_may_come_later_start_once_however_often_the_driver_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[Any] = []
+
+    async def replace(_: Fleet, seat: Any) -> None:
+        begun.append(seat)
+
+    monkeypatch.setattr(Fleet, "_replace", replace)
+    story = Story([Engine("a")])
+    story.fleet._seats = ["first"]  # type: ignore[list-item]
+    assert story.run(story.fleet.seated()) == (False, 1), "no learner has published: it may wait for its room"
+    for _ in range(2):
+        story.run(story.fleet.grow(["first", "second", "third"]))
+    assert story.run(story.fleet.seated()) == (False, 3) and begun == ["second", "third"]
+    story.publish(1)
+    assert story.run(story.fleet.seated())[0]

@@ -15,7 +15,7 @@ from cluster import cli
 from cluster.config import ROOT, load_config
 from cluster.errors import UserError
 from cluster.fitting import misfits
-from cluster.layout import Turns, arranged, check_layout, moments, parse_gpus, seats, turns_of
+from cluster.layout import Turns, arranged, check_layout, moments, one_node, parse_gpus, seats, turns_of
 from cluster.model import ModelShape
 from cluster.schema import RunConfig
 from cluster.sizes import host_gib, learner_of, needs, offloaded_gib
@@ -335,3 +335,32 @@ def test_everything_a_learner_holds_moves_and_stays_what_the_optimiser_knows() -
     assert {dtype for (_, k), dtype in state.items() if k == "step"} == {torch.float32}, "the count of steps stays"
     assert {t.dtype for t in (*tied.parameters(), tied[2].running_mean)} == {there} and tied[1].weight is tied[0].weight
     assert [id(p) for p in tied.parameters()] == known == [id(p) for g in adam.param_groups for p in g["params"]]
+
+
+def test_shares_of_a_gpu_at_the_same_time_are_added_and_shards_sit_on_gpus_too() -> None:
+    halves = config(
+        "carr_4b_grpo", "fleet.num_engines=1", "fleet.num_gpus=0.5", "train.num_workers=1", "train.worker_gpus=0.5",
+        "engine.gpu_memory_utilization=0.5",
+    )  # fmt: skip
+    (gpu,), left = seats(halves, [[80.0]])
+    training = next(m for m in moments(halves, QWEN_4B, gpu) if m.name == "training")
+    assert not left and "sampler's weights" in training.named and training.gib > 80, "nobody sleeps in a split layout"
+    assert any("while training" in line for line in misfits(halves, QWEN_4B, [[80.0]]))
+    sharded = [
+        "retrieval.kind=faiss",
+        "retrieval.shards=2",
+        "service.topology.shard_replicas=1",
+        "service.topology.shard_gpus=1",
+    ]
+    assert who(config("carr_4b_grpo", "fleet.num_engines=1", "train.num_workers=1", *sharded), "4x80")[2:] == [
+        ["shard-0"],
+        ["shard-1"],
+    ]
+
+
+def test_learners_share_the_gpus_of_one_node() -> None:
+    shared = config("carr_4b_grpo", *SHARED, "fleet.num_engines=4", "train.num_workers=4")
+    assert not misfits(shared, QWEN_4B, parse_gpus("4x80"))
+    (line,) = misfits(shared, QWEN_4B, parse_gpus("2x2x80"))
+    assert "works on the GPUs of one node, and the engines sit on 2" in line
+    assert not one_node(config("carr_4b_grpo"), {"a", "b"})

@@ -204,6 +204,27 @@ def test_a_sharded_checkpoint_of_one_process_resumes_exactly(tmp_path: Path, lor
         assert torch.equal(a, b)
 
 
+def test_parts_that_a_disk_does_not_take_or_that_are_cut_are_errors_like_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch raises of its own is no `Exception`, and a learner would begin again without end."""
+    learner = Learner(tiny_qwen3(), SHARDED)
+    learner.step(random_samples(6, seed=0))
+    save_checkpoint(tmp_path / "c", learner)
+    part = next((tmp_path / "c" / "shards").iterdir())
+    part.write_bytes(part.read_bytes()[:-64])
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "c", learner, verified=True)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path / "d", learner)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
 def test_a_sharded_checkpoint_before_the_first_step_and_of_a_critic(tmp_path: Path) -> None:
     learner = ppo_learner("model", replace(SHARDED, critic=CriticConfig(lr=1e-2)))
     save_checkpoint(tmp_path / "c", learner)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agents.types import Version
 from cluster.errors import UserError
 from cluster.membership import EpochGuard, Member, Membership, Place, StaleEpoch, choose
+from cluster.publishing import Facts, Peer, Publishing
+from cluster.vllm.segment import Manifest, SegmentError
+from cluster.vllm.transfer import Deadlines, Phase
 
 A, B, C = Member("a", 1), Member("b", 2), Member("c", 4)
 
@@ -114,3 +122,37 @@ def test_a_transport_that_cannot_serve_everybody_is_refused_in_one_line(
     with pytest.raises(UserError, match=says) as caught:
         choose(asked, learner, {f"sampler-{i}": place for i, place in enumerate(engines)})
     assert "\n" not in str(caught.value)
+
+
+async def test_a_fleet_that_comes_back_knows_that_an_engine_cannot_see_the_segment(tmp_path: Path) -> None:
+    """Its references to the bytes are gone; an engine elsewhere must not look for the learner's file in its own memory."""
+    state, landed = tmp_path / "published.json", []
+
+    async def land(manifest: dict[str, Any], parcel: Sequence[Any]) -> dict[str, Any]:
+        landed.append(list(parcel))
+        if not parcel:
+            raise SegmentError("nothing came")
+        return manifest
+
+    class Engine:
+        def __getattr__(self, method: str) -> Any:
+            async def call(*_: Any) -> None:
+                return None
+
+            return call
+
+    def peers() -> dict[str, Peer]:
+        return {"far": Peer(Engine(), Facts(Place("b")), land)}  # type: ignore[arg-type]
+
+    manifest, limits = Manifest("/dev/shm/weights", 1, "0", 1), Deadlines()
+    first = Publishing("auto", 1, limits, Version(0, 0).label, state)
+    assert first.meet("learner", Place("a"), peers()).kind == "relay"
+    assert (await first.segment(manifest, Version(0, 1).label, ("bytes",), peers())).ok
+    again = Publishing("auto", 1, limits, Version(0, 0).label, state)
+    assert again.restore()
+    result = await again.bring("far", peers()["far"])
+    assert (
+        result is not None
+        and (result.failed_phase, result.serving) == (Phase.STAGE, "old")
+        and landed == [["bytes"], []]
+    )

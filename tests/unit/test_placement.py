@@ -52,7 +52,7 @@ def test_a_run_may_begin_with_fewer_engines_than_it_wants() -> None:
     ("wanted", "line"),
     [
         (demand(3, GPU=2), "3 samplers with 2 GPU each, and the cluster has room for 2: its 2 nodes have 3 GPU, 2 GPU; lower fleet.num_eng"),
-        (demand(1, GPU=4), "1 samplers with 4 GPU each, and the cluster has room for 0"),
+        (demand(1, GPU=4), "1 sampler with 4 GPU each, and the cluster has room for 0"),
         (demand(3, RolePlacement("strict_spread"), CPU=1), "each (strict_spread), and the cluster has room for 2: its 2 nodes have 2 x 4 CPU"),
         (demand(2, RolePlacement("strict_pack"), GPU=2), "each (strict_pack), and the cluster has room for 1"),
         (demand(1, RolePlacement(labels={"zone": "x"}), CPU=1), "no node has the labels zone=x that placement.sampler.labels asks for"),
@@ -72,7 +72,7 @@ def test_what_a_cluster_lacks_is_one_line_that_says_what_it_has(wanted: Demand, 
 def test_roles_that_fit_alone_and_not_together_are_told_together() -> None:
     learner = Demand("learner", "learner", "learners", 2, {"GPU": 1.0}, RolePlacement(), "train.num_workers")
     found = lacking([learner, demand(2, GPU=1)], [node("a", GPU=3)])
-    assert "asks for 4 GPU (2 learners, 2 samplers), the cluster has 3 on 1 nodes" in found
+    assert "asks for 4 GPU (2 learners, 2 samplers), the cluster has 3 on 1 node;" in found
     assert "lower train.num_workers or fleet.num_engines" in found
 
 

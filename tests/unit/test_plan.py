@@ -97,6 +97,9 @@ def test_learners_on_gpus_load_through_the_machines_memory() -> None:
     assert sizes.passing_gib(config, model) == pytest.approx(saved), "a checkpoint takes more than that"
     beside, published = 2 * sizes.ENGINE_GIB + 6 * sizes.LEARNER_GIB, 2 * 2 * model.num_parameters / sizes.GIB
     assert sizes.host_gib(config, model) == pytest.approx(beside + published + saved + sizes.BASE_GIB + 8)
+    config.learner.sharded_checkpoints = True
+    moments = 8 * model.num_parameters / sizes.GIB
+    assert sizes.saving_gib(config, model) == pytest.approx(2 * moments), "each learner's own, copied from its GPU"
     config.train.num_workers = 1
     assert sizes.loading_gib(config, model) == pytest.approx(4 * model.num_parameters / sizes.GIB)
 

@@ -111,7 +111,8 @@ def test_missing_corpus(tmp_path: Path) -> None:
 def test_storage(tmp_path: Path) -> None:
     machine.check_storage(str(tmp_path / "a" / "b"))
     assert list(tmp_path.iterdir()) == []
-    assert "not supported yet" in line_of(machine.check_storage, "s3://bucket/runs")
+    machine.check_storage("memory://bucket/runs")  # an object store that answers
+    assert "nosuch://bucket/runs cannot be opened" in line_of(machine.check_storage, "nosuch://bucket/runs")
     (tmp_path / "file").touch()
     assert "is a file" in line_of(machine.check_storage, str(tmp_path / "file" / "runs"))
     assert "too full" in line_of(machine.check_storage, str(tmp_path), need_bytes=1 << 60)

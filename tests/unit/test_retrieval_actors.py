@@ -217,6 +217,7 @@ async def test_a_shard_begins_no_search_that_comes_too_late(index: str) -> None:
 
     shard._shard = LocalShard(Slow(), 1)  # type: ignore[arg-type]
     asked = [asyncio.create_task(shard.search(("a",), None, 1, left_s)) for left_s in (60.0, 0.05, 0.05)]
+    await asyncio.sleep(0)  # their time runs from here, on a slow machine too
     await asyncio.sleep(0.1)
     gate.set()
     found = await asyncio.gather(*asked, return_exceptions=True)

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import simulate
-from benchmarks.simulation import Run, Servers
+from benchmarks.simulation import Run
 from benchmarks.simulation_gpus import CARDS, Assumptions, Policy, engine_model, gpu_workload, learner_seconds
 from benchmarks.simulation_parts import EngineModel, System, Turn, trimmed
 from benchmarks.simulation_runs import CpuModel, Measured, check, latency_cells, load, turn_seconds, workload_of
+from benchmarks.simulation_servers import Servers
 
 ONE = EngineModel(step_s=0.01)
 """100 tokens per second, however many sequences."""

@@ -6,7 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from cluster import nodecache
 from cluster.config import load_config
 from cluster.errors import UserError
 from cluster.machine import check_storage
-from cluster.mirror import Mirror, newest_checkpoint, pull_checkpoint, push_checkpoint
+from cluster.mirror import Mirror, newest_checkpoint, newest_name, pull_checkpoint, push_checkpoint
 from cluster.nodecache import at_hand, ship
 from cluster.nodes import Answer, Node
 from cluster.preflight import check_settings
@@ -83,6 +83,19 @@ def test_an_object_store_gives_back_what_was_put_in(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write local://"):
         check_storage(f"local://{tmp_path}/file/below")
+
+
+def test_a_file_that_could_not_be_sent_whole_is_not_there(tmp_path: Path) -> None:
+    store = ObjectStore(f"local://{tmp_path}/bucket")
+    store.write("ledger.jsonl", b"whole")
+
+    def chunks() -> Iterator[bytes]:
+        yield b"half"
+        raise OSError("the network went away")
+
+    with pytest.raises(UserError, match="the network went away"):
+        store._copy_in("ledger.jsonl", chunks())
+    assert store.read("ledger.jsonl") is None
 
 
 def test_only_a_uri_that_is_no_file_is_an_object_store(tmp_path: Path) -> None:
@@ -188,16 +201,23 @@ def test_a_mirror_copies_what_has_changed(tmp_path: Path) -> None:
 def test_checkpoints_go_up_whole_the_newest_stay_and_the_newest_comes_back(tmp_path: Path) -> None:
     uri, mine = f"local://{tmp_path}/bucket/run/checkpoints", tmp_path / "mine"
     assert newest_checkpoint(uri) == ""
-    pull_checkpoint(uri, mine)
+    pull_checkpoint(uri, mine, "")
     for step in (1, 2, 3):
+        folder(mine / f"step-{step:06}" / "shards", s=f"part {step}")
         made = folder(mine / f"step-{step:06}", w=str(step), **{"manifest.json": "{}"})
         push_checkpoint(made, uri, keep=2)
     assert newest_checkpoint(uri) == f"{uri}/step-000003" and not ObjectStore(uri).sizes("step-000001")
     folder(tmp_path / "bucket" / "run" / "checkpoints" / "step-000004", w="no manifest: it is not whole")
     other = tmp_path / "other"
     other.mkdir()
-    pull_checkpoint(uri, other)
-    assert [p.name for p in other.iterdir()] == ["step-000003"] and (other / "step-000003" / "w").read_text() == "3"
+    folder(other / "step-000003", w="of another learner", **{"manifest.json": "{ }"})
+    folder(other / "step-000009", w="it never came into the store")
+    pull_checkpoint(uri, other, newest_name(uri))
+    assert (
+        sorted(p.name for p in other.iterdir()) == ["step-000003", "unsent-step-000009"]
+        and (other / "step-000003" / "w").read_text() == "3"
+    )
+    assert (other / "step-000003" / "shards" / "s").read_text() == "part 3"
 
 
 @pytest.mark.parametrize("override", ["sandbox.journal.record=true", "learner.sharded_checkpoints=true"])
