@@ -43,6 +43,7 @@ from agents.types import (
 from cluster.buffer import Lease
 from cluster.errors import one_line
 from cluster.replicas import RouterClient
+from cluster.stopwatch import shown_s, standing, turn_back
 from cluster.vllm.preflight import EngineError
 from cluster.watchdog import Pulse, Waits, pulse_of
 from envs.config import SandboxConfig
@@ -105,7 +106,9 @@ class RemotePolicy:
         """One policy turn, on the session's engine or, if that failed, on the next."""
         error: BaseException | None = None
         for _ in range(self._config.generate_retries + 1):
-            name, handle = await self._route(session)
+            begun_s = shown_s()
+            with standing():
+                name, handle = await self._route(session)
             self._serial += 1
             request = f"{session}#{os.getpid()}-{self._serial}"
             asked = handle.generate.remote(
@@ -128,6 +131,7 @@ class RemotePolicy:
                     break  # the engine is well; it cannot do this request, and no other could
                 self._routes.pop(session, None)
                 await self._fleet.report.remote(name, one_line(error))
+                turn_back(begun_s)
         raise PolicyFailed(f"a policy turn of {session} failed: {one_line(error) if error else 'no engine'}")
 
     async def _route(self, session: str) -> tuple[str, Any]:

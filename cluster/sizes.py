@@ -84,19 +84,7 @@ def _judge_gpus(config: RunConfig | EvalConfig) -> float:
 
 def shares(config: RunConfig, shape: ModelShape, gpu_gib: float | None = None) -> tuple[Share, Share]:
     """Samplers and learners. `gpu_gib`: memory of one GPU, of which an engine takes its share; None: not known."""
-    fleet, train, engine = config.fleet, config.train, config.engine
-    weights = gib(shape.num_parameters * itemsize(engine, on_cpu=not fleet.num_gpus))
-    one = gib(kv_bytes_per_token(engine, shape, on_cpu=not fleet.num_gpus) * engine.max_model_len)
-    if not fleet.num_gpus:
-        cache = CPU_KV_GIB if engine.kv_cache_gb is None else engine.kv_cache_gb
-        sampler = {"weights": weights, "KV cache": cache * engine.tensor_parallel, "the engine itself": ENGINE_GIB}
-    elif engine.kv_cache_gb is not None:
-        sampler = {"weights": weights, "KV cache": engine.kv_cache_gb * engine.tensor_parallel}
-    elif gpu_gib is not None:
-        room = engine.gpu_memory_utilization * gpu_gib * engine.tensor_parallel
-        sampler = {"weights": weights, "KV cache": max(one, room - weights)}
-    else:
-        sampler = {"weights": weights, "KV cache, at least": one}
+    train = config.train
     whole = gib(4 * shape.num_parameters)
     adapters = config.learner.lora.rank > 0
     trained = whole if adapters else gib(TRAIN_BYTES_PER_PARAMETER * shape.num_parameters)
@@ -112,9 +100,27 @@ def shares(config: RunConfig, shape: ModelShape, gpu_gib: float | None = None) -
     if not train.worker_gpus:
         learner["the process itself"] = LEARNER_GIB
     return (
-        Share("sampler", fleet.num_engines, fleet.num_cpus, fleet.num_gpus, sampler),
+        engine_share(config, shape, gpu_gib),
         Share("learner", train.num_workers, train.worker_cpus, train.worker_gpus, learner),
     )
+
+
+def engine_share(config: RunConfig | EvalConfig, shape: ModelShape, gpu_gib: float | None = None) -> Share:
+    """The engines of a fleet."""
+    fleet, engine = config.fleet, config.engine
+    weights = gib(shape.num_parameters * itemsize(engine, on_cpu=not fleet.num_gpus))
+    one = gib(kv_bytes_per_token(engine, shape, on_cpu=not fleet.num_gpus) * engine.max_model_len)
+    if not fleet.num_gpus:
+        cache = CPU_KV_GIB if engine.kv_cache_gb is None else engine.kv_cache_gb
+        sampler = {"weights": weights, "KV cache": cache * engine.tensor_parallel, "the engine itself": ENGINE_GIB}
+    elif engine.kv_cache_gb is not None:
+        sampler = {"weights": weights, "KV cache": engine.kv_cache_gb * engine.tensor_parallel}
+    elif gpu_gib is not None:
+        room = engine.gpu_memory_utilization * gpu_gib * engine.tensor_parallel
+        sampler = {"weights": weights, "KV cache": max(one, room - weights)}
+    else:
+        sampler = {"weights": weights, "KV cache, at least": one}
+    return Share("sampler", fleet.num_engines, fleet.num_cpus, fleet.num_gpus, sampler)
 
 
 def published_gib(config: RunConfig, shape: ModelShape) -> float:
@@ -140,7 +146,7 @@ def loading_gib(config: RunConfig, shape: ModelShape) -> float:
     return gib(4 * shape.num_parameters) * config.train.num_workers if config.train.worker_gpus else 0.0
 
 
-def rest_gib(config: RunConfig) -> float:
+def rest_gib(config: RunConfig | EvalConfig) -> float:
     """Ray and all actors that ask it for nothing."""
     return BASE_GIB + config.ray.object_store_mb / 1024
 
@@ -161,6 +167,11 @@ def checkpoints_gib(config: RunConfig, shape: ModelShape) -> float:
 def kv_bytes_per_token(engine: EngineConfig, shape: ModelShape, *, on_cpu: bool) -> int:
     """Bytes of keys and values of one token, on all devices of an engine together."""
     return shape.kv_values_per_token * itemsize(engine, on_cpu=on_cpu)
+
+
+def served_kv_gib(engine: EngineConfig) -> int:
+    """Cache of an engine that `vllm serve` runs on a CPU, which takes whole GiB."""
+    return max(1, round(engine.kv_cache_gb or 1))
 
 
 def itemsize(engine: EngineConfig, *, on_cpu: bool) -> int:
