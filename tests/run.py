@@ -34,7 +34,8 @@ CHECKS = {
 }
 GROUPS = ("unit", "engines", "kills", "es", "browser")
 HARD_LIMIT = 3.0  # times its budget
-PROCESSES = {"unit": 2}  # files that run side by side; other groups start servers, which have the machine for themselves
+# Test files that run side by side; the other groups start servers, which have the machine for themselves.
+PROCESSES = {"unit": 2}
 
 
 @dataclass
