@@ -24,6 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from agents.chat.registry import AGENTS
 from agents.types import Identity, Task, Uid
 from benchmarks.results_file import write_result
