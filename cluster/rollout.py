@@ -63,8 +63,8 @@ class RolloutConfig:
     """How often a policy turn is asked again after its engine failed."""
     generate_timeout_s: float = 600.0
     """Deadline of one policy turn."""
-    score_timeout_s: float = 1500.0
-    """Deadline of scoring one group. It holds all judgements that wait for one another (CaRR: up to 4), each of `judge.deadline_s`."""
+    score_timeout_s: float = 2000.0
+    """Deadline of scoring one group. It holds all judgements that wait for one another (CaRR: up to 6), each of `judge.deadline_s`."""
     search_timeout_s: float = 120.0
     """Deadline of one call to the retrieval actor, its restart included."""
     max_restarts: int = 20
