@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from agents.types import Group, Member, RecordError, Role, Sample, Status, StopReason, Turn
+from agents.types import Group, Member, RecordError, Role, Sample, Status, StopReason, Turn, Verdict
 
 VOID_STOPS = (StopReason.malformed, StopReason.context_full, StopReason.turn_limit)
 """Ill-formed or over-long endings: C-GRPO's reward is 0."""
@@ -96,6 +96,8 @@ class GroupStats:
     num_samples: int = 0
     num_tokens: int = 0
     """Tokens in the loss."""
+    unjudgeable: Mapping[str, int] = field(default_factory=dict)
+    """Members that score 0 because a judge failed on them, by cause."""
 
 
 # -------------------------------------------------------------------------------------------------- advantages
@@ -240,6 +242,12 @@ def masked_cause(member: Member) -> str:
     return ""
 
 
+def _unjudgeable_causes(verdict: Verdict) -> list[str]:
+    """Why a judge failed on the text, per part on which it did."""
+    failed = [part for part, status in verdict.status.items() if status is Status.unjudgeable]
+    return [verdict.causes.get(part) or f"{part}_unjudgeable" for part in failed]
+
+
 def trained_members(group: Group) -> list[Member]:
     """Those that samples are made of: the candidates of its step groups where there are any, else its own."""
     return [m for part in group.steps or (group,) for m in part.members]
@@ -339,6 +347,7 @@ def _step_samples(group: Group, config: AdvantageConfig) -> tuple[list[Sample], 
         sum(found.zero_spread for found in stats),
         sum(found.num_samples for found in stats),
         sum(found.num_tokens for found in stats),
+        dict(sum((Counter(found.unjudgeable) for found in stats), Counter[str]())),
     )
 
 
@@ -348,6 +357,7 @@ def _samples(
     kept = np.array([r for r in rewards if r is not None], dtype=np.float64)
     zero_spread = _equal(kept) and config.name != "gae"
     masked: Counter[str] = Counter()
+    unjudgeable: Counter[str] = Counter()
     parts: dict[str, list[float]] = {}
     samples: list[Sample] = []
     prefixes = [_given_prefix(m) for m in group.members]
@@ -358,6 +368,7 @@ def _samples(
             continue
         if member.trajectory.verdict:
             found = member.trajectory.verdict.parts
+            unjudgeable.update(_unjudgeable_causes(member.trajectory.verdict)[:1])
             unjudged = RUBRIC_PARTS if found.get("rubric_judged") == 0 else ()
             for name, value in found.items():
                 if name in unjudged:
@@ -380,6 +391,7 @@ def _samples(
         int(zero_spread),
         len(samples),
         sum(int(s.mask.sum()) for s in samples),
+        dict(unjudgeable),
     )
     return samples, stats
 
@@ -391,7 +403,7 @@ def batch_samples(groups: Sequence[Group], config: AdvantageConfig) -> tuple[lis
 
 
 def summarise(stats: Sequence[GroupStats]) -> dict[str, float]:
-    """Flat metrics of a batch: reward/mean, reward/std, reward/<part>, masked/<cause>, masked/share, groups/..."""
+    """Flat metrics of a batch: reward/mean, reward/std, reward/<part>, masked/<cause>, masked/share, unjudgeable/..., groups/..."""
     rewards = [r for s in stats for r in s.rewards_G]
     out: dict[str, float] = {
         "groups/count": sum(s.num_groups for s in stats),
@@ -410,6 +422,11 @@ def summarise(stats: Sequence[GroupStats]) -> dict[str, float]:
     out.update({f"masked/{cause}": float(count) for cause, count in sorted(masked.items())})
     members = len(rewards) + sum(n for cause, n in masked.items() if cause != "no_policy_tokens")
     out["masked/share"] = sum(masked.values()) / members if members else 0.0
+    unjudgeable: Counter[str] = Counter()
+    for s in stats:
+        unjudgeable.update(s.unjudgeable)
+    out.update({f"unjudgeable/{cause}": float(count) for cause, count in sorted(unjudgeable.items())})
+    out["unjudgeable/share"] = unjudgeable.total() / members if members else 0.0
     return out
 
 

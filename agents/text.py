@@ -43,6 +43,11 @@ def exact_match(prediction: str, golds: Sequence[str]) -> bool:
     return bool(predicted) and any(normalize_answer(gold) == predicted for gold in golds)
 
 
+def folded(text: str) -> str:
+    """Text without width, case and outer spaces: equal where two texts differ in nothing else, signs included."""
+    return unicodedata.normalize("NFKC", text).casefold().strip()
+
+
 def f1(prediction: str, golds: Sequence[str]) -> float:
     """Best word-overlap F1 over the aliases, in [0, 1], after normalisation."""
     return max((_f1(normalize_answer(prediction).split(), normalize_answer(g).split()) for g in golds), default=0.0)

@@ -35,7 +35,7 @@ from agents.types import Group  # noqa: E402
 from benchmarks.results_file import RESULTS, about, write_json  # noqa: E402
 from cluster.runlog import read_metrics  # noqa: E402
 
-NOT_IN_HASH = ("name", "storage_path", "resume", "record", "ray.", "watch.")
+NOT_IN_HASH = ("name", "storage_path", "resume", "record", "ray.", "watch.", "rollout.score_timeout_s")
 """Keys a result does not depend on."""
 PARTS = ("outcome", "identified", "supported", "connected", "num_rubrics", "cited_pages")
 

@@ -3,7 +3,8 @@
 Per seed, in this order:
 
 - `taught`: reinforcement learning of the tiny verifier (`configs/verifier_tiny_rl.yaml`) from one supervised checkpoint that all seeds share
-  (`configs/verifier_tiny.yaml`, made first). Its labels against the rule judge's on held-out passages, before and after: F1 per fact, with intervals.
+  (`configs/verifier_tiny.yaml`, made first). Its labels against the rule judge's on held-out passages, before and after: F1 per fact, with intervals,
+  and the label terms of the published reward; beside them what the run's own evaluations say of replies that are sampled.
 - `nugget`: the demo with the reward `nugget` (GRPO), labels by the rule judge.
 - `verifier`: the same with labels by the verifier that `taught` made, hosted in the run as a judge engine. Every group is recorded; afterwards
   the rule judge labels the same messages: agreement (share and Cohen's kappa), and the two rewards' correlation, over the thirds of the run.
@@ -18,7 +19,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from agents.learning.checkpoint import checkpoint_name
 from agents.types import Group, Trajectory
 from benchmarks import demo
 from benchmarks.plot import Panel, Point, plot
@@ -43,11 +45,15 @@ from benchmarks.study import (
     run_figures,
 )
 from cluster.record import Recording
+from cluster.runlog import read_metrics
 from cluster.verifier import VerifierRun
+from envs.jsonl import read_rows
 from rewards.guards.agreement import agreement
 from rewards.judges.rule import RuleJudge
 from rewards.nugget import CONTRADICTION, NOT, judge_nuggets
 from rewards.nuggets.config import NuggetConfig
+from rewards.verifier.config import VerifierConfig
+from rewards.verifier.reward import batch_f1
 
 VERIFIER, RL = "configs/verifier_tiny.yaml", "configs/verifier_tiny_rl.yaml"
 REWARD = ("reward.name=nugget", "reward.nugget.partial=0", "advantage.name=grpo", "train.max_minutes=0")
@@ -81,6 +87,10 @@ class School:
         found = json.loads(report.read_text(encoding="utf-8"))["rubric"]
         return {key: found[key] for key in ("n", "failed", "accuracy", "by_label", "macro", "weighted")}
 
+    def terms(self, name: str) -> float:
+        """Mean label terms of the replies that `labels` scored under that name."""
+        return round(label_terms(self.home / "data" / name / "predictions.jsonl"), 4)
+
     def reinforced(self, name: str, overrides: Sequence[str]) -> Path:
         """Folder of the finished run."""
         return self._lab.gumshoe("train", RL, name, overrides)
@@ -98,6 +108,43 @@ class School:
 def newest(run: Path) -> Path:
     """The run's last checkpoint."""
     return max((run / "checkpoints").glob("step-*"))
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """A run's evaluations of held-out tasks, in order: step, success with its interval, tasks, mean parts of the verdicts."""
+    rows = {row["step"]: row for row in read_metrics(run) if row["kind"] == "eval"}  # a run that went on repeats a step
+    return [
+        {
+            "step": step, "success": [round(row[f"success/{key}"], 4) for key in ("mean", "low", "high")], "n": row["success/n"],
+            "parts": {k.removeprefix("parts/"): round(v, 4) for k, v in row.items() if k.startswith("parts/") and v is not None},
+        }
+        for step, row in sorted(rows.items())
+    ]  # fmt: skip
+
+
+def label_terms(predictions: Path) -> float:
+    """Mean over passages of what the published reward pays for labels, 0.35 F1 + 0.35 exact; 0 for a reply that could not be read."""
+    config = VerifierConfig()
+    replies: dict[tuple[str, str], list[tuple[str, str | None]]] = {}
+    for _, row in read_rows(predictions, "predictions"):
+        replies.setdefault((row["question"], row["passage"]), []).append((row["gold"], row["predicted"][0]))
+    paid = []
+    for pairs in replies.values():
+        gold, found = [g for g, _ in pairs], [f for _, f in pairs if f is not None]
+        read = len(found) == len(gold)
+        f1 = batch_f1(gold, found, config.absent) if read else 0.0
+        paid.append(config.f1_weight * f1 + config.exact_weight * float(read and found == gold))
+    return sum(paid) / len(paid)
+
+
+def lessons_figures(lessons: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the arm `taught`, per seed and before and after RL: greedy macro F1, success of sampled replies, greedy label terms."""
+    moments = {"before": 0, "after": -1}
+    return {
+        "verifier F1": {m: [[round(f[m]["macro"][key], 4) for key in ("f1", "f1_low", "f1_high")] for f in lessons] for m in moments},
+        "verifier sampled": {m: [f["evaluations"][i]["success"] for f in lessons] for m, i in moments.items()},
+        "verifier label terms": {m: [f["label_terms"][m] for f in lessons] for m in moments},
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ agreement
@@ -153,6 +200,13 @@ def over_the_run(run: Path, parts: int = 3) -> list[dict[str, float]]:
 # ----------------------------------------------------------------------------------------------------------- study
 
 
+def _at(storage: Path, value: Any) -> Any:
+    """`value` with the folder of runs by a name that is the same on every machine."""
+    if isinstance(value, list):
+        return [_at(storage, inner) for inner in value]
+    return value.replace(str(storage), "STORAGE") if isinstance(value, str) else value
+
+
 def study(given: argparse.Namespace) -> int:
     lab = Lab(given.storage)
     schools: dict[str, School] = {}
@@ -160,40 +214,57 @@ def study(given: argparse.Namespace) -> int:
     def school() -> School:
         return schools.setdefault("", School(lab, []))
 
+    def neutral(resolved: Resolved) -> Resolved:
+        """The same config wherever runs lie, and whether or not what it begins with was made already (its name says what that is)."""
+        made_here = {k for k, v in resolved.values.items() if str(v).startswith(str(lab.storage))}
+        kept = {
+            k: _at(lab.storage, v)
+            for k, v in resolved.values.items()
+            if k.removesuffix(" sha256") not in made_here - {k}
+        }
+        return Resolved(kept, resolved.defaults)
+
     def verifier_run(seed: int) -> tuple[str, list[str], Resolved]:
         asked = school().rl_overrides(seed)
-        school().supervised()
-        resolved = resolve(RL, asked)
+        resolved = neutral(resolve(RL, asked))
         return f"taught-seed{seed}-{resolved.hash}", asked, resolved
 
     def taught(seed: int) -> Plan:
         name, asked, resolved = verifier_run(seed)
 
         def run() -> Figures:
-            before = school().labels(school().supervised(), "before")
+            before = school().labels(school().supervised(), "before")  # first: the run begins with that checkpoint
             folder = school().reinforced(name, asked)
             after = school().labels(newest(folder), f"after-{name}")
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             return {
                 "before": before,
                 "after": after,
+                "evaluations": evaluations(folder),
+                "label_terms": {"before": school().terms("before"), "after": school().terms(f"after-{name}")},
                 "steps": summary["steps"],
                 "training_s": round(summary["seconds"]["training"], 1),
             }
 
-        return Plan(resolved, asked, run)
+        return Plan(resolved, [_at(lab.storage, text) for text in asked], run)
 
     def policy(arm: str, seed: int) -> Plan:
         asked = demo.overrides(seed, [*REWARD, *(HOSTED if arm == "verifier" else ()), *given.set])
         if arm == "verifier":
-            asked.append(f"judge.model={newest(lab.storage / verifier_run(seed)[0])}")
-        resolved = resolve(demo.CONFIG, asked)
+            name, _, learned = verifier_run(seed)
+            judge = lab.storage / name / "checkpoints" / checkpoint_name(learned.values["train.steps"])
+            asked.append(f"judge.model={judge}")
+        resolved = neutral(resolve(demo.CONFIG, asked))
 
         def run() -> Figures:
+            if arm == "verifier" and not judge.is_dir():
+                raise StudyError(
+                    f"the verifier of seed {seed} is not here ({judge}); make it by --again taught verifier"
+                )
             folder = lab.gumshoe("train", demo.CONFIG, f"{arm}-seed{seed}-{resolved.hash}", asked)
             return {**run_figures(folder), **({"agreement": over_the_run(folder)} if arm == "verifier" else {})}
 
-        return Plan(resolved, asked, run)
+        return Plan(resolved, [_at(lab.storage, text) for text in asked], run)
 
     arms = {"taught": taught, **{arm: (lambda seed, arm=arm: policy(arm, seed)) for arm in ("nugget", "verifier")}}
     made = Study("verdicts", arms, given.seeds, again=given.again, results=given.results, lab=lab)
@@ -211,10 +282,7 @@ def study(given: argparse.Namespace) -> int:
             "gain": gains[arm].as_list(), "training_s": [f["training_s"] for f in found], "held": gains[arm].low > 0,
         }  # fmt: skip
     lessons = [table["taught", seed] for seed in seeds]
-    figures["verifier F1"] = {
-        moment: [[round(f[moment]["macro"][key], 4) for key in ("f1", "f1_low", "f1_high")] for f in lessons]
-        for moment in ("before", "after")
-    }
+    figures |= lessons_figures(lessons)
     figures["agreement"] = [table["verifier", seed]["agreement"] for seed in seeds]
     print(json.dumps(figures, indent=1))
     rows = [(f"{arm} {seed}", table[arm, seed], i) for seed in seeds for i, arm in enumerate(gains)]

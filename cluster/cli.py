@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluster.errors import UserError, is_expected, one_line
+from cluster.errors import UserError, is_expected, one_line, redacted
 
 _EPILOG = """examples:
   gumshoe train demo                              train the tiny policy (configs/demo.yaml)
@@ -252,7 +252,7 @@ def _write_traceback() -> str:
     try:
         handle, path = tempfile.mkstemp(prefix=f"gumshoe-{time.strftime('%Y%m%d-%H%M%S')}-", suffix=".log")
         with open(handle, "w", encoding="utf-8") as file:
-            file.write(f"{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
+            file.write(redacted(f"{' '.join(sys.argv)}\n\n{traceback.format_exc()}", sys.argv))
     except OSError:
         return "set GUMSHOE_DEBUG=1 to see them"
     return path

@@ -6,6 +6,8 @@ Invariants: the message of an expected error is one line; `is_expected` never im
 from __future__ import annotations
 
 import errno
+import re
+from collections.abc import Sequence
 
 _EXPECTED = {
     "agents.learning.checkpoint.CheckpointError",
@@ -50,6 +52,21 @@ def is_expected(error: BaseException) -> bool:
     if isinstance(cause, BaseException) and cause is not error and is_expected(cause):
         return True
     return any(f"{cls.__module__}.{cls.__qualname__}" in _EXPECTED for cls in type(error).__mro__)
+
+
+_SECRET = re.compile(r"(?:^|[._-])(?:password|passwd|secret|token|api_?key|key|authorization)$", re.IGNORECASE)
+"""Names of settings whose values are nobody's business; `api_key_env` and `max_tokens` are none."""
+_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+def redacted(text: str, argv: Sequence[str]) -> str:
+    """A text without the passwords and keys that a command line gives, wherever they stand in it."""
+    given = [arg.partition("=") for arg in argv]
+    hidden = {value.strip("'\"") for name, _, value in given if _SECRET.search(name)}
+    hidden |= {found for arg in argv for found in _USERINFO.findall(arg)}
+    for value in sorted(filter(None, hidden), key=len, reverse=True):
+        text = text.replace(value, "[hidden]")
+    return text
 
 
 def one_line(error: BaseException) -> str:

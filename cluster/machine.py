@@ -20,10 +20,24 @@ from cluster.errors import UserError
 from cluster.fitting import misfits
 from cluster.model import ModelShape
 from cluster.rundir import storage_dir
-from cluster.sizes import GIB, gib, host_gib, needs, offloaded_gib, passing_gib, published_gib, shares, trains_on_gpu
+from cluster.sizes import (
+    ENGINE_GIB,
+    GIB,
+    engine_share,
+    gib,
+    host_gib,
+    needs,
+    offloaded_gib,
+    passing_gib,
+    published_gib,
+    rest_gib,
+    shares,
+    trains_on_gpu,
+)
 from cluster.storage import ObjectStore, is_object_store
 
 if TYPE_CHECKING:
+    from cluster.evaluation.config import EvalConfig
     from cluster.schema import RunConfig
 
 
@@ -79,6 +93,22 @@ def check_memory(config: RunConfig, shape: ModelShape, *, free_bytes: int | None
     raise UserError(
         f"not enough memory: about {need:.1f} GiB are needed{' beside the GPUs' if sampler.gpus or trains_on_gpu(config) else ''} "
         f"({', '.join(parts)}), {free:.1f} GiB are free; {f'set fleet.num_engines={fit}' if fit >= 1 else mend}"
+    )
+
+
+def check_engines(config: EvalConfig, shape: ModelShape, *, free_bytes: int | None = None) -> None:
+    """Whether an evaluation whose policy is a checkpoint, all its actors on this machine, fits into memory."""
+    free = gib(free_memory() if free_bytes is None else free_bytes)
+    engine, rest = engine_share(config, shape), rest_gib(config)
+    each = ENGINE_GIB if engine.gpus else engine.each_gib
+    need = engine.count * each + rest
+    if need <= free:
+        return
+    fit = int((free - rest) // each)
+    mend = f"set fleet.num_engines={fit}" if fit >= 1 else "lower engine.kv_cache_gb, or use a machine with more memory"
+    raise UserError(
+        f"not enough memory: about {need:.1f} GiB are needed{' beside the GPUs' if engine.gpus else ''} "
+        f"({engine.count} x {each:.1f} for engines, {rest:.1f} for the rest), {free:.1f} GiB are free; {mend}"
     )
 
 

@@ -27,6 +27,7 @@ from retrieval.config import BackendConfig
 from retrieval.errors import RetrievalError
 from retrieval.service import SearchService, ServiceConfig
 from rewards.judges.base import JudgeConfig, JudgeError, RunningJudge, make_judge
+from rewards.judges.identity import fingerprint as judge_fingerprint
 from rewards.judges.templates import load_prompt
 from rewards.nuggets.build import PROMPTS, build_all
 from rewards.nuggets.config import BuildConfig
@@ -79,7 +80,7 @@ async def _make(
     out = Path(run.out).expanduser()
     try:
         await judge.check()
-        settings = {"judge": f"{run.judge.kind} {run.judge.model}", "index": service.info().fingerprint}
+        settings = {"judge": judge_fingerprint(run.judge), "index": service.info().fingerprint}
         settings |= {f"build.{k}": v for k, v in asdict(run.build).items() if k != "concurrency"}
         settings |= {f"prompt {name}": load_prompt(name).label for name in PROMPTS}
         with closing(Journal(out / "journal.jsonl", settings)) as journal:

@@ -298,10 +298,14 @@ def check_cache(kv_gib: float, per_token: int, max_model_len: int) -> None:
 
 
 def check_key(variable: str, key: str, what: str = "key") -> None:
-    """Whether the variable that holds an endpoint's key is set, where one is named."""
+    """Whether the variable that holds an endpoint's key is set, and can be sent, where one is named."""
     if variable and not os.environ.get(variable):
         raise UserError(
             f"the environment variable {variable} is not set; put the endpoint's {what} there, or correct {key}"
+        )
+    if variable and not all("!" <= sign <= "~" for sign in os.environ[variable]):
+        raise UserError(
+            f"the environment variable {variable} holds signs that no {what} has (spaces, or other than ASCII); export it anew"
         )
 
 

@@ -2,7 +2,7 @@
 
     step  12/100 · reward 0.43 · success 0.61 · 1.2k tok/s · stale 0.8 · 3.1 s/step · 4m 32s left
 
-Invariants: never more than one line per step; never wider than the terminal; a broken terminal never ends a run.
+Where steps are many and short, a log gets one line per `every_s` and the last. Invariants: never more than one line per step; never wider than the terminal; a broken terminal never ends a run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
+LOG_EVERY_S = 60.0
+"""Between two lines of a log, for what has many short steps."""
 _SHOWN = (
     ("reward/mean", "reward {:.3f}"),
     ("success", "success {:.3f}"),
@@ -37,6 +39,7 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         live: bool | None = None,
+        every_s: float = 0.0,
     ) -> None:
         self.total = total
         self.unit = unit
@@ -45,11 +48,15 @@ class Progress:
         self._clock = clock
         self._step_at: list[tuple[float, int]] = [(clock(), start)]
         self._line = ""
+        self._every_s, self._shown_at = (0.0 if self._live else every_s), -float("inf")
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
         """Show the state after `step` from that step's metrics."""
         known = [at for at in self._step_at if at[1] < step]  # a restore goes back: its pace counts from there
         self._step_at = [*known[-31:], (self._clock(), step)]  # the pace of the last 32 steps
+        if step < self.total and self._clock() - self._shown_at < self._every_s:
+            return
+        self._shown_at = self._clock()
         width = len(str(self.total))
         parts = [f"{self.unit} {step:>{width}}/{self.total}"]
         for name, form in _SHOWN:

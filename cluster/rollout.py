@@ -43,6 +43,7 @@ from agents.types import (
 from cluster.buffer import Lease
 from cluster.errors import one_line
 from cluster.replicas import RouterClient
+from cluster.stopwatch import shown_s, standing, turn_back
 from cluster.vllm.preflight import EngineError
 from cluster.watchdog import Pulse, Waits, pulse_of
 from envs.config import SandboxConfig
@@ -62,8 +63,8 @@ class RolloutConfig:
     """How often a policy turn is asked again after its engine failed."""
     generate_timeout_s: float = 600.0
     """Deadline of one policy turn; what engines sleep meanwhile, while a learner has their GPU, is added."""
-    score_timeout_s: float = 1500.0
-    """Deadline of scoring one group. It holds all judgements that wait for one another (CaRR: up to 4), each of `judge.deadline_s`."""
+    score_timeout_s: float = 2000.0
+    """Deadline of scoring one group. It holds all judgements that wait for one another (CaRR: up to 6), each of `judge.deadline_s`."""
     search_timeout_s: float = 120.0
     """Deadline of one call to the retrieval actor, its restart included."""
     max_restarts: int = 20
@@ -105,7 +106,9 @@ class RemotePolicy:
         """One policy turn, on the session's engine or, if that failed, on the next."""
         error: BaseException | None = None
         for _ in range(self._config.generate_retries + 1):
-            name, handle = await self._route(session)
+            begun_s = shown_s()
+            with standing():
+                name, handle = await self._route(session)
             self._serial += 1
             request = f"{session}#{os.getpid()}-{self._serial}"
             asked = handle.generate.remote(
@@ -127,6 +130,7 @@ class RemotePolicy:
                     break  # the engine is well; it cannot do this request, and no other could
                 self._routes.pop(session, None)
                 await self._fleet.report.remote(name, one_line(error))
+                turn_back(begun_s)
         raise PolicyFailed(f"a policy turn of {session} failed: {one_line(error) if error else 'no engine'}")
 
     async def _answer(self, asked: Any) -> Generation:

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from cluster.config import build_config, load_config, parse_overrides
 from cluster.errors import UserError
 from rewards.judges.base import JudgeConfig, JudgeError, make_judge
+from rewards.judges.identity import fingerprint
 from rewards.rubrics.build import ACCEPTED, Entry, Item, Options, build, summary
 
 
@@ -54,7 +55,7 @@ def rubrics(
             f"--out {out!r} has to be another .jsonl file than TASKS; give one, such as --out tasks.rubrics.jsonl"
         )
     judge = _judge_config(config, overrides) if any(not item.given for item in items) else None
-    options = Options(rounds, lenient, judge.concurrency if judge else 1, judge.model if judge else "")
+    options = Options(rounds, lenient, judge.concurrency if judge else 1, fingerprint(judge) if judge else "")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

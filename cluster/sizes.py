@@ -86,7 +86,18 @@ def _judge_gpus(config: RunConfig | EvalConfig) -> float:
 
 def shares(config: RunConfig, shape: ModelShape, gpu_gib: float | None = None) -> tuple[Share, Share]:
     """Samplers and learners. `gpu_gib`: memory of one GPU, of which an engine takes its share; None: not known."""
-    fleet, train, engine = config.fleet, config.train, config.engine
+    train = config.train
+    learner = {name: gib(size) for name, size in learner_of(config, shape).training.items()}
+    learner["the process itself"] = PROCESS_GIB if trains_on_gpu(config) else LEARNER_GIB
+    return (
+        engine_share(config, shape, gpu_gib),
+        Share("learner", train.num_workers, train.worker_cpus, train.worker_gpus, learner),
+    )
+
+
+def engine_share(config: RunConfig | EvalConfig, shape: ModelShape, gpu_gib: float | None = None) -> Share:
+    """The engines of a fleet."""
+    fleet, engine = config.fleet, config.engine
     devices, on_cpu = engine.tensor_parallel, not fleet.num_gpus
     one = gib(kv_bytes_per_token(engine, shape, on_cpu=on_cpu) * engine.max_model_len)
     if on_cpu:
@@ -103,12 +114,7 @@ def shares(config: RunConfig, shape: ModelShape, gpu_gib: float | None = None) -
             sampler["KV cache"] = max(one, room - sum(sampler.values()))
         else:
             sampler["KV cache, at least"] = one
-    learner = {name: gib(size) for name, size in learner_of(config, shape).training.items()}
-    learner["the process itself"] = PROCESS_GIB if trains_on_gpu(config) else LEARNER_GIB
-    return (
-        Share("sampler", fleet.num_engines, fleet.num_cpus, fleet.num_gpus, sampler),
-        Share("learner", train.num_workers, train.worker_cpus, train.worker_gpus, learner),
-    )
+    return Share("sampler", fleet.num_engines, fleet.num_cpus, fleet.num_gpus, sampler)
 
 
 def learner_of(config: RunConfig, shape: ModelShape) -> LearnerBytes:
@@ -163,7 +169,7 @@ def loading_gib(config: RunConfig, shape: ModelShape) -> float:
     return gib(4 * shape.num_parameters) if ranks == 1 else ranks * gib(4 * largest_tensor(shape))
 
 
-def rest_gib(config: RunConfig) -> float:
+def rest_gib(config: RunConfig | EvalConfig) -> float:
     """Ray and all actors that ask it for nothing."""
     return BASE_GIB + config.ray.object_store_mb / 1024
 
@@ -195,6 +201,11 @@ def checkpoints_gib(config: RunConfig, shape: ModelShape) -> float:
 def kv_bytes_per_token(engine: EngineConfig, shape: ModelShape, *, on_cpu: bool) -> int:
     """Bytes of keys and values of one token, on all devices of an engine together."""
     return shape.kv_values_per_token * itemsize(engine, on_cpu=on_cpu)
+
+
+def served_kv_gib(engine: EngineConfig) -> int:
+    """Cache of an engine that `vllm serve` runs on a CPU, which takes whole GiB."""
+    return max(1, round(engine.kv_cache_gb or 1))
 
 
 def itemsize(engine: EngineConfig, *, on_cpu: bool) -> int:

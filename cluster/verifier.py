@@ -34,6 +34,7 @@ from envs.world.messages import messages
 from envs.world.traces import ScriptConfig
 from rewards.guards.agreement import agreement
 from rewards.judges.base import JudgeConfig, JudgeError, RunningJudge, make_judge
+from rewards.judges.identity import fingerprint as judge_fingerprint
 from rewards.judges.templates import load_prompt
 from rewards.metrics.labels import Judged, label_scores, over_runs, sample_level
 from rewards.nugget import CONTRADICTION, NOT, assign_request, read_labels
@@ -177,7 +178,7 @@ def _data(run: VerifierRun, tell: Tell) -> int:
 def _settings(run: VerifierRun) -> dict[str, Any]:
     """What the data depends on, as flat JSON values; files of passages count by their path."""
     prompts = {name: load_prompt(name).label for name in (_asked(run), run.examples.prompt)}
-    parts = {"judge": f"{run.judge.kind} {run.judge.model}", "prompt": prompts, "examples": asdict(run.examples)}
+    parts = {"judge": judge_fingerprint(run.judge), "prompt": prompts, "examples": asdict(run.examples)}
     sides = {"passages": asdict(run.passages), "held_out": asdict(run.held_out)}
     return flat(json.loads(json.dumps(parts | sides)))
 
@@ -191,7 +192,7 @@ async def _label(
     run: VerifierRun, passages: Sequence[Passage], judge: RunningJudge, folder: Path
 ) -> tuple[list[Passage], dict[str, str]]:
     prompt = _asked(run)
-    settings = {"judge": f"{run.judge.kind} {run.judge.model}", "prompt": load_prompt(prompt).label}
+    settings = {"judge": judge_fingerprint(run.judge), "prompt": load_prompt(prompt).label}
     try:
         await judge.check()
         with closing(Journal(folder / "journal.jsonl", settings)) as journal:

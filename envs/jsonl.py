@@ -4,7 +4,7 @@ A task row: `{"id", "question", "answers": [...] | "answer": "...", "rubrics"?, 
 "source"?, "meta"?, "split"?}`. `answers: []` says that the question cannot be answered and a refusal is right. Rows of CaRR's
 published file (`input_messages`, `label`, `metadata.remote_env_info`) are read as they are; their id is a digest of the question.
 
-Invariants: each mistake is one line with `file:line` and the field; ids are unique within a world; a field nobody knows
+Invariants: each mistake is one line with `file:line` and the field; ids are unique within a world, nuggets within a task; a field nobody knows
 is refused with the nearest known name, so that a misspelt `answers` never makes a question unanswerable.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from agents.plain import to_plain
-from agents.text import validate_rubrics
+from agents.text import folded, validate_rubrics
 from agents.types import Nugget, Task
 
 FIELDS = (
@@ -175,7 +175,7 @@ def parse_task(row: Mapping[str, Any], *, source: str = "") -> Task:
         question=question,
         answers=answers,
         rubrics=rubrics,
-        nuggets=tuple(_nugget(n, i) for i, n in enumerate(_list(row, "nuggets"))),
+        nuggets=_nuggets(row),
         gold_docs=_texts(row, "gold_docs"),
         oracle=_mapping(row, "oracle"),
         source=own_source,
@@ -215,6 +215,20 @@ def _answers(row: Mapping[str, Any]) -> tuple[str, ...]:
         found = (row["answer"],)
     if not all(a.strip() for a in found):
         raise _field("answers", "holds an empty answer; [] means unanswerable")
+    return found
+
+
+def _nuggets(row: Mapping[str, Any]) -> tuple[Nugget, ...]:
+    found = tuple(_nugget(n, i) for i, n in enumerate(_list(row, "nuggets")))
+    first: dict[str, int] = {}
+    for index, nugget in enumerate(found):
+        # Signs within a text may be all that tells two facts apart (C and C++, 5 and -5); a full stop at its end never is.
+        said = " ".join(folded(nugget.text).rstrip(".。!").split())
+        if said in first:
+            raise _field(
+                f"nuggets[{index}].text", f"says what nuggets[{first[said]}] says, and would count twice; keep one"
+            )
+        first[said] = index
     return found
 
 

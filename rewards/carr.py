@@ -27,6 +27,7 @@ from agents.types import Group, JudgeReply, JudgeRequest, Status, Task, Trajecto
 from rewards.config import RewardConfig
 from rewards.evidence import Evidence, Page, bearing, chunks, gather, num_tokens, size_of
 from rewards.outcome import Part, credit_entities, judge_outcome, to_verdict, void_verdict
+from rewards.schemas import keyed_schema
 
 PARTS = (
     "outcome",
@@ -41,8 +42,8 @@ PARTS = (
 )
 """Parts of a verdict: two scores, and counts for the log. `rubric_judged` is 0 where lazy judging skipped the rubrics."""
 
-SUPPORT_ROUNDS = 2
-"""Support is judged over all chunks at once, then over the parts of several chunks."""
+SUPPORT_ROUNDS = 4
+"""Support is judged over all chunks at once, then over the parts of several chunks; each time what was too large is asked about in halves."""
 
 NOBODY = frozenset({"", "null", "none", "unknown", "n/a"})
 """Identities that name nobody (spec 3.1), case and a full stop aside. A judge should say null; these never count as names."""
@@ -310,7 +311,7 @@ def identify_request(task: Task, message: str) -> JudgeRequest:
     """Step 1: which labels does the message name? Reply: label -> string or null."""
     labels = label_list(task.rubrics)
     fields = {"question": task.question, "rubrics": list(task.rubrics), "labels": labels, "message": message}
-    return JudgeRequest("carr_identify", fields, _object_schema(labels, {"type": ["string", "null"]}), task.oracle)
+    return JudgeRequest("carr_identify", fields, keyed_schema(labels, {"type": ["string", "null"]}), task.oracle)
 
 
 def support_request(
@@ -328,13 +329,4 @@ def support_request(
         "values": dict(values),
         "pages": [{k: p[k] for k in ("number", "url", "title", "date", "text")} for p in shown],
     }
-    return JudgeRequest("carr_support", fields, _object_schema(keys, {"type": "boolean"}), task.oracle)
-
-
-def _object_schema(keys: Sequence[str], of: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {key: dict(of) for key in keys},
-        "required": list(keys),
-        "additionalProperties": False,
-    }
+    return JudgeRequest("carr_support", fields, keyed_schema(keys, {"type": "boolean"}), task.oracle)

@@ -2,7 +2,7 @@
 
 A judge labels every nugget against the final message: support, partial_support, not_support, or contradiction, which is told apart from
 absence. A message longer than a block is cut at paragraphs and each nugget keeps its most supportive label. A task without nuggets
-has its answer as its only rubric (short form).
+has its answer as its only rubric (short form), and what is judged is the marked answer, or the whole message where none is marked.
 
 Confidence: the formula and the three labels are confirmed (secondary sources of the paper); label values, weights, and "exact match or
 verifier" in the short form are inferred from TREC RAG and the paper's tables. The four TREC scores are those of castorini/nuggetizer.
@@ -10,8 +10,9 @@ verifier" in the short form are inferred from TREC RAG and the paper's tables. T
 Invariants:
 - With the default values R is in [0, 1]; it never falls when a label becomes more supportive, and depends neither on the order of blocks nor
   on the scale of weights. No nuggets, or weights that are all 0: R is 0.
-- A judge that cannot be reached masks the rollout; one reply that cannot be used makes R 0, whatever other calls said. Replies are keyed,
-  never counted off.
+- A judge that cannot be reached masks the rollout. One reply that cannot be used, whatever other calls said, and a rollout with nothing to
+  judge earn what the worst labels would, and 0 at most (`lowest`): to break the judge never pays. Replies are keyed, never counted off.
+- The short form is judged in one call: of several answers in one message, a block with the right one alone cannot be the one that counts.
 - Where orders of the nuggets disagree about a label, the least supportive counts: a lucky order never pays.
 """
 
@@ -20,7 +21,8 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from agents.interfaces import Judge, Reward, Services
@@ -30,6 +32,7 @@ from rewards.config import RewardConfig
 from rewards.judges.sanitise import hollow
 from rewards.nuggets.config import NuggetConfig
 from rewards.outcome import Part, judge_outcome, to_verdict, void_verdict
+from rewards.schemas import keyed_schema
 
 SUPPORT, PARTIAL, NOT, CONTRADICTION = "support", "partial_support", "not_support", "contradiction"
 LABELS = (SUPPORT, PARTIAL, NOT, CONTRADICTION)
@@ -55,9 +58,10 @@ def nugget(config: RewardConfig) -> Reward:
 
         async def one(trajectory: Trajectory) -> Verdict:
             void = void_verdict(trajectory, PARTS)
-            if void is not None:
-                return void
             task = group.task
+            if void is not None:
+                floor = lowest(task, config.nugget)
+                return void if void.masked else replace(void, reward=floor, parts={**void.parts, "nugget": floor})
             if not task.answers and not task.nuggets:  # unanswerable: a refusal is all there is to say
                 part = await judge_outcome(task, trajectory, judge, config.outcome)
                 return to_verdict(part.value, {"outcome": part}, {**part.metrics, "nugget": part.value})
@@ -81,7 +85,8 @@ async def judge_nuggets(task: Task, message: str, answer: str, judge: Judge, con
     if short and config.exact and nuggets and exact_match(answer, task.answers):
         return _part(nuggets, [[SUPPORT]], {}, "the exact answer matches", config)
     extra = {"answer": answer, "answers": list(task.answers)} if short else {}
-    blocks = cut_blocks(cut_references(message), config.block_chars)
+    told = cut_references(message)
+    blocks = [answer.strip() or told] if short else cut_blocks(told, config.block_chars)
     orders, rng = [list(range(len(texts)))], random.Random(f"{task.id} {message}")
     while len(orders) < min(1 + config.shuffles, math.factorial(len(texts))):
         order = rng.sample(orders[0], len(texts))
@@ -111,7 +116,8 @@ async def judge_nuggets(task: Task, message: str, answer: str, judge: Judge, con
     if failures:
         worst = next((f for f in failures if f.status is Status.unjudgeable), failures[0])
         note = ({"check": "nuggets", "text": worst.text or worst.cause},)
-        return Part(0.0, worst.status, worst.cause, note, prompts, dict.fromkeys(TREC, 0.0))
+        value = lowest(task, config) if worst.status is Status.unjudgeable else 0.0
+        return Part(value, worst.status, worst.cause, note, prompts, dict.fromkeys(TREC, 0.0))
     return _part(nuggets, labels, prompts, reasons, config)
 
 
@@ -157,6 +163,15 @@ def nugget_reward(labels: Sequence[str], weights: Sequence[float], values: Mappi
     """R = sum_i w_i V_i / sum_j w_j; 0 when there are no nuggets or all weights are 0."""
     total = sum(weights)
     return sum(w * values[label] for w, label in zip(weights, labels, strict=True)) / total if total > 0 else 0.0
+
+
+def lowest(task: Task, config: NuggetConfig) -> float:
+    """What the worst label for each nugget of a task would earn, and 0 at most."""
+    nuggets, short = rubric_set(task, config)
+    if config.score != "weighted":
+        return 0.0
+    worst = min(label_values(config)[label] for label in (SHORT_LABELS if short else LABELS))
+    return min(0.0, worst) if any(weight_of(n, config) for n in nuggets) else 0.0
 
 
 def trec_scores(labels: Sequence[str], vital: Sequence[bool]) -> dict[str, float]:
@@ -235,10 +250,3 @@ def read_labels(reply: JudgeReply, request: JudgeRequest) -> list[str] | None:
         return None
     allowed = request.schema["properties"][keys[0]]["enum"] if keys else ()
     return [value[key] for key in keys] if all(value[key] in allowed for key in keys) else None
-
-
-def keyed_schema(keys: Collection[str], of: Mapping[str, Any]) -> dict[str, Any]:
-    """An object with exactly these keys."""
-    return {
-        "type": "object", "properties": {key: dict(of) for key in keys}, "required": list(keys), "additionalProperties": False,
-    }  # fmt: skip

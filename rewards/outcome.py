@@ -166,7 +166,8 @@ def credit_entities(group: Group, verdicts: Sequence[Verdict], config: RewardCon
 
 
 def to_verdict(reward: float, parts: Mapping[str, Part], metrics: Mapping[str, float]) -> Verdict:
-    """A verdict from its judged parts. A part that is unavailable is left out; one that is unjudgeable scores 0."""
+    """A verdict from its judged parts. A part that is unavailable is left out; one that is unjudgeable keeps the value it came with, which is
+    the lowest its reward gives (0 for most)."""
     values = {name: part.value for name, part in parts.items() if part.status is not Status.unavailable}
     masked = any(part.status is Status.unavailable for part in parts.values())
     return Verdict(

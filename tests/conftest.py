@@ -12,6 +12,8 @@ import gumshoe
 GROUPS = ("unit", "engines", "kills", "es", "browser")
 
 os.environ.update(gumshoe.child_env())
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: their threads must add up to the cores
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

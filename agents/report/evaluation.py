@@ -112,7 +112,7 @@ def render(runs: Sequence[EvaluationData], reveal: bool = False, compared: Mappi
         title=" against ".join(reversed(names)),
         notes=[
             secrets.censored(n) if hidden else n
-            for n in (*(both["notes"] if both else ()), *_notes(runs, () if both and both["notes"] else others))
+            for n in (*(both["notes"] if both else ()), *_notes(runs, () if both and both["different"] else others))
         ],
         config=secrets.censored(cut(without_keys(run.config), 40_000))
         if hidden

@@ -72,7 +72,8 @@ def comparison(
             continue
         made.append(
             {
-                "name": panels.title(name), "main": name == main, "good": (now > was) is (row.get("direction") != "lower"), "before": was, "after": now, "difference": now - was, "low": number(row, "low"), "high": number(row, "high"),
+                "name": panels.title(name), "main": name == main, "good": None if row.get("direction") == "none" else (now > was) is (row.get("direction") != "lower"),
+                "direction": row.get("direction"), "before": was, "after": now, "difference": now - was, "low": number(row, "low"), "high": number(row, "high"),
                 "p": p, "test": str(row.get("test", "")), "n": number(row, "n"), "better": number(row, "better"), "worse": number(row, "worse"),
                 "sure": p is not None and p < 0.05,
             }
@@ -83,6 +84,7 @@ def comparison(
         "notes": [n for n in notes if isinstance(n, str)]
         if isinstance(notes := (compared or {}).get("notes"), list)
         else [],
+        "different": int(number(compared or {}, "different") or 0),
         "tested": any(r["p"] is not None for r in made),
         "turned": [(k, turned[k]) for k in FLIPS if turned[k]],
     }

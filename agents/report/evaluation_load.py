@@ -9,6 +9,7 @@ counts as secret until something says that it is open: its questions, all of whi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,13 +178,18 @@ def load_evaluation(folder: str | Path, unseal: Unseal | None = None) -> Evaluat
             if isinstance(facts, dict):
                 sealed = sealed or "sealed" in facts
                 found.facts = opened(facts, unseal)
+    text = _text(folder / "config.yaml")
+    asked = re.search(r"^samples: (\d+)$", text, re.MULTILINE)
+    kept = [key for key in samples if not asked or key[1] < int(asked[1])]
+    if len(kept) < len(samples):
+        notes.append(f"{len(samples) - len(kept)} attempts of an earlier, larger `samples` are left out")
     questions: dict[str, list[Sample]] = {task: [] for task in order}
-    for (task, _), found in sorted(samples.items(), key=lambda item: item[0][1]):
+    for task, found in sorted(((key[0], samples[key]) for key in kept), key=lambda item: item[1].index):
         questions.setdefault(task, []).append(found)
     made = EvaluationData(
         name=folder.resolve().name,
         folder=folder,
-        config=_text(folder / "config.yaml"),
+        config=text,
         summary=summary,
         tasks=tasks,
         questions={task: found for task, found in questions.items() if found},

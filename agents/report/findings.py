@@ -322,6 +322,16 @@ def _learning(mean: Means, advantage: str | None) -> list[Finding]:
             WARNING, masked, f"{_share(masked)} of the attempts are left out of the loss (of a batch: {by or 'no cause logged'})",
             "a judge or retrieval that does not answer: its endpoint, judge.timeout_s, judge.concurrency, service.timeout_s",
         ))  # fmt: skip
+    unjudgeable = mean("unjudgeable/share")
+    if unjudgeable >= 0.05:
+        causes = {
+            k.removeprefix("unjudgeable/"): mean(k) for k in mean.keys("unjudgeable/") if k != "unjudgeable/share"
+        }
+        by = ", ".join(f"{k} {v:.1f}" for k, v in sorted(causes.items(), key=lambda i: -i[1])[:3] if v)
+        made.append(Finding(
+            WARNING, unjudgeable, f"{_share(unjudgeable)} of the attempts score 0 because no judge could judge them (of a batch: {by})",
+            "read some of these texts: empty or hostile ones are the policy's doing; else judge.timeout_s, judge.max_tokens, another judge.model",
+        ))  # fmt: skip
     bad = mean("skipped/nonfinite")
     if bad > 0:
         made.append(Finding(

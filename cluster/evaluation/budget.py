@@ -1,13 +1,12 @@
 """What one question may take, enforced around the chat, the token policy and the sandbox of its agent.
 
 Invariants: who has nothing left is told by `BudgetSpent`, which agents let through; no request and no call begins without something left of
-every budget, and none goes on past `seconds`; tokens that nobody counted are estimated from the texts; a reply that was begun is handed over, so
+every budget, and none goes on past `seconds`, of which those that the evaluation itself makes it wait are none (`cluster.stopwatch`); tokens that nobody counted are estimated from the texts; a reply that was begun is handed over, so
 the last one may pass the limit of tokens or money.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import time
@@ -19,6 +18,7 @@ from agents.chat.base import BudgetSpent
 from agents.interfaces import Chat, ChatFailed, ChatReply, Policy, Sandbox
 from agents.types import Generation, Sampling, ToolCall, ToolEvent, Usage
 from cluster.evaluation.config import BudgetConfig
+from cluster.stopwatch import Stopwatch, TimeUp
 
 CHARS_PER_TOKEN = 4.0
 """Until an endpoint has said how many tokens it counted."""
@@ -28,8 +28,7 @@ class Purse:
     """What one question has taken so far."""
 
     def __init__(self, config: BudgetConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        self.config = config
-        self._clock, self._began = clock, clock()
+        self.config, self._watch = config, Stopwatch(clock)
         self.tokens = self.calls = 0
         self.money = 0.0
 
@@ -41,7 +40,7 @@ class Purse:
     @property
     def left_s(self) -> float | None:
         """Seconds; None without a limit."""
-        return self.config.seconds - (self._clock() - self._began) if self.config.seconds else None
+        return self.config.seconds - self._watch.seconds if self.config.seconds else None
 
     def check(self) -> None:
         """Raises BudgetSpent, with what is spent."""
@@ -57,13 +56,10 @@ class Purse:
     async def within(self) -> AsyncIterator[None]:
         """The block ends, with BudgetSpent, when the seconds are over."""
         self.check()
-        limit = asyncio.timeout(self.left_s)
         try:
-            async with limit:
+            async with self._watch.running(self.config.seconds or None):
                 yield
-        except TimeoutError:
-            if not limit.expired():
-                raise
+        except TimeUp:
             raise BudgetSpent(f"budget.seconds={self.config.seconds:g} is spent") from None
 
 

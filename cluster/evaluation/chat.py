@@ -3,13 +3,15 @@
 Invariants: transport failures, timeouts, 408, 429 and 5xx are tried again (jitter, Retry-After), then ChatFailed; a refusal of the
 context's length is a reply whose `usage.finish_reason` is `context`; any other refusal is ChatFailed at once. What the model wrote is
 never a failure: arguments that are no JSON are told in `ChatReply.error`. Requests keep within the limits of the configuration. The
-key is read from the environment and written nowhere. Texts go out and come in without halves of characters. Where a server counts no tokens,
+key is read from the environment and written nowhere. Waiting for room and for another try, and tries that came to nothing, count against nobody
+(`cluster.stopwatch`). Texts go out and come in without halves of characters. Where a server counts no tokens,
 they are estimated from the texts, and the usage says so: budgets and prices hold all the same.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -27,6 +29,7 @@ from agents.text import encodable
 from agents.types import ToolCall, Usage
 from cluster.errors import UserError
 from cluster.evaluation.config import ChatConfig
+from cluster.stopwatch import shown_s, standing, turn_back
 from rewards.judges.endpoint import model_names, retry_after_s
 from rewards.judges.limits import Limits
 
@@ -106,10 +109,13 @@ class ChatEndpoint:
             if number:
                 self._counts["retries"] += 1
                 pause_s = min(config.max_backoff_s, config.backoff_s * 2.0 ** (number - 1)) * random.uniform(0.5, 1.0)
-                await asyncio.sleep(pause_s)
+                with standing():
+                    await asyncio.sleep(pause_s)
+            begun_s = shown_s()
             found, trouble = await self._once(body, expected)
             if found is not None:
                 return self._understood(found, who, time.monotonic() - began, sent)
+            turn_back(begun_s)
         raise ChatFailed(f"{config.base_url} gave no reply in {config.retries + 1} tries, the last with: {trouble}")
 
     async def check(self) -> None:
@@ -144,7 +150,9 @@ class ChatEndpoint:
 
     async def _once(self, body: Mapping[str, Any], expected: float) -> tuple[Mapping[str, Any] | None, str]:
         """(the server's answer, or None and why to try again). Raises ChatFailed where trying again is of no use."""
-        async with self._limits.room(expected):
+        async with contextlib.AsyncExitStack() as held:
+            with standing():
+                await held.enter_async_context(self._limits.room(expected))
             self._counts["requests"] += 1
             try:
                 async with asyncio.timeout(self._config.timeout_s):
@@ -210,11 +218,15 @@ class ChatEndpoint:
 
 
 def key_of(config: ChatConfig) -> str:
-    """The endpoint's key; empty where none is named. Raises UserError when its variable is not set."""
+    """The endpoint's key; empty where none is named. Raises UserError when its variable is not set, or holds what cannot be sent."""
     key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
     if config.api_key_env and not key:
         raise UserError(
             f"policy.chat.api_key_env names {config.api_key_env}, which is not set; export it, or leave policy.chat.api_key_env empty"
+        )
+    if not all("!" <= sign <= "~" for sign in key):
+        raise UserError(
+            f"{config.api_key_env} holds signs that no key has (spaces, or other than ASCII); export it anew"
         )
     return key
 

@@ -185,9 +185,10 @@ class BudgetConfig:
     calls: int = 0
     """Tool calls that are executed."""
     seconds: float = 0.0
-    """Seconds since the question began, waiting for policy and tools included."""
+    """Seconds since the question began, waiting for policy and tools included. Waits of the evaluation's own making (for room within limits,
+    before another try, for an engine) and tries that came to nothing are not."""
     money: float = 0.0
-    """Cost of all requests, by the configured prices."""
+    """Cost of all requests, by the prices of `policy.chat`."""
     context_tokens: int = 0
     """Tokens of one request and its reply: a policy of a smaller context than the model's own."""
 
@@ -230,7 +231,8 @@ class EvalConfig:
     metrics: list[str] = field(default_factory=list)
     """Names in `rewards.metrics.registry.METRICS`; empty: those of the benchmark."""
     tries: int = 3
-    """How often a question is begun when infrastructure fails, before it counts as failed."""
+    """How often a question is begun when infrastructure fails, before it counts as failed. A worker that dies costs a try only the question
+    that it played alone; those that shared it are played again in smaller company."""
     deadline_s: float = 3600.0
     """A question that takes longer with all its waiting is ended as a failure of infrastructure."""
     patience: int = 20
@@ -282,6 +284,14 @@ class EvalConfig:
         if not self.deadline_s > self.budget.seconds:
             raise ValueError(
                 f"deadline_s={self.deadline_s:g} ends a question before budget.seconds={self.budget.seconds:g} does; raise it"
+            )
+        if self.budget.money and self.hosted:
+            raise ValueError(
+                "budget.money: a checkpoint that speaks token by token costs nothing that is counted; limit budget.tokens instead"
+            )
+        if self.budget.money and not (self.policy.chat.price_in or self.policy.chat.price_out):
+            raise ValueError(
+                "budget.money is never spent without prices; give policy.chat.price_in and policy.chat.price_out"
             )
         for probe in self.probes:
             if probe not in PROBES:

@@ -1,39 +1,65 @@
 """Checkpoints behind a chat interface: actors that each serve one model (`cluster.hosted`) and answer for their workers.
 
-Invariant: a question stays on one engine, so its prefix stays cached there; when that engine is gone, the question's next request
-goes to another.
+Invariants: a question stays on one engine, so its prefix stays cached there; when that engine is gone, the question's next request goes to
+another; while all are away, it waits until they had the time to start again. None of that time counts against the question.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from agents.chat.reading import estimate
 from agents.interfaces import ChatFailed, ChatReply
 from cluster.errors import UserError, one_line
 from cluster.evaluation.chat import ChatEndpoint
-from cluster.evaluation.config import EvalConfig
+from cluster.evaluation.config import ChatConfig, EvalConfig
 from cluster.hosted import KEY, ModelServer
+from cluster.sizes import served_kv_gib
+from cluster.stopwatch import shown_s, standing, turn_back
 from cluster.watchdog import Pulse, Waits
+from rewards.judges.limits import Limits
+
+FIRST_PAUSE_S, MOST_PAUSE_S = 0.5, 5.0
+"""Between two rounds of asking engines that are all away."""
+MOST_DEATHS = 3
+"""So often an engine may die while one request waits for it."""
+REPLY_TOKENS = 256
+"""What a reply is taken for until it is there."""
+_NO_LIMIT = 1 << 16
+
+
+class EngineAway(ChatFailed):
+    """The engine is starting."""
+
+
+class EngineDied(ChatFailed):
+    """Its actor is gone, or cannot be reached."""
 
 
 class ChatEngine:
     """One served checkpoint. As an actor: `place`."""
 
     def __init__(self, config: EvalConfig, model: str, command: Sequence[str] = ()) -> None:
-        cache = config.engine.kv_cache_gb
         on_cpu = not config.fleet.num_gpus
-        variables = {"VLLM_CPU_KVCACHE_SPACE": f"{max(1, round(cache or 1))}", "OMP_NUM_THREADS": str(config.engine.threads)} if on_cpu else {}  # fmt: skip
+        variables = {"VLLM_CPU_KVCACHE_SPACE": str(served_kv_gib(config.engine)), "OMP_NUM_THREADS": str(config.engine.threads)} if on_cpu else {}  # fmt: skip
         self._server = ModelServer(
             model, [*engine_arguments(config), *config.policy.engine_args], num_gpus=config.fleet.num_gpus, start_s=config.policy.start_s,
             what="chat engine", mend="model.path, section engine or policy.engine_args", limit="policy.start_s", error=UserError,
             command=command, variables=variables,
         )  # fmt: skip
-        chat = replace(config.policy.chat, base_url=self._server.url, model=model, api_key_env=KEY, seeded=True)
+        # Workers keep within the limits, so that waiting for room is known as such.
+        chat = replace(
+            config.policy.chat, base_url=self._server.url, model=model, api_key_env=KEY, seeded=True, concurrency=_NO_LIMIT,
+            requests_per_minute=0, tokens_per_minute=0,
+        )  # fmt: skip
         self._endpoint = ChatEndpoint(chat, config.policy.temperature)
 
     async def ready(self) -> int:
@@ -48,7 +74,7 @@ class ChatEngine:
     async def reply(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> ChatReply:
         """Raises ChatFailed."""
         if not self._server.must_answer(self._endpoint.check):
-            raise ChatFailed("the chat engine is starting again")
+            raise EngineAway("the chat engine is starting again")
         return await self._endpoint.reply(messages, **options)
 
     async def close(self) -> None:
@@ -61,30 +87,79 @@ class ChatEngine:
 class EngineChat:
     """`agents.interfaces.Chat` of one question over the engines' actors."""
 
-    def __init__(self, engines: Sequence[Any], session: str, seed: int, waits: Waits) -> None:
+    def __init__(
+        self, engines: Sequence[Any], session: str, seed: int, waits: Waits, limits: Limits, start_s: float
+    ) -> None:
+        """`limits`: those of the worker, for all its questions. `start_s`: how long engines may be away, all of them, before a request fails."""
         self._engines, self._seed, self._waits, self._session = list(engines), seed, waits, session
+        self._limits, self._start_s = limits, start_s
         self._first = int(hashlib.sha256(session.encode()).hexdigest()[:8], 16) % len(self._engines)
 
     async def reply(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatReply:
+        """Raises ChatFailed."""
+        expected = estimate(json.dumps(list(messages), ensure_ascii=False)) + REPLY_TOKENS
+        async with contextlib.AsyncExitStack() as held:
+            with standing():
+                await held.enter_async_context(self._limits.room(expected))
+            found = await self._asked(list(messages), options | {"seed": self._seed})
+            self._limits.correct(expected, found.usage.tokens_in + found.usage.tokens_out)
+            return found
+
+    async def _asked(self, messages: list[Mapping[str, Any]], options: Mapping[str, Any]) -> ChatReply:
+        """The first reply that any engine gives. Those that are away are asked again until they have had the time to start."""
+        gives_up, pause_s, deaths = time.monotonic() + self._start_s, FIRST_PAUSE_S, 0
+        gone: set[int] = set()
+        while True:
+            trouble, failed = "", False
+            for number in [(self._first + n) % len(self._engines) for n in range(len(self._engines))]:
+                begun_s = shown_s()
+                try:
+                    found = await self._ask(self._engines[number], messages, options)
+                    self._first = number
+                    return found
+                except EngineAway as away:
+                    trouble = str(away)
+                    gone.discard(number)
+                except EngineDied as died:
+                    trouble = str(died)
+                    deaths += number not in gone
+                    gone.add(number)
+                except ChatFailed as failure:
+                    trouble, failed = str(failure), True
+                turn_back(begun_s)
+            # A request under which engines keep dying may be why they do.
+            if failed or time.monotonic() >= gives_up or deaths >= MOST_DEATHS * len(self._engines):
+                raise ChatFailed(f"no chat engine answers: {trouble[:300]}")
+            with standing(), self._waits(f"a chat engine to start, for {self._session}"):
+                await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, MOST_PAUSE_S)
+
+    async def _ask(self, engine: Any, messages: list[Mapping[str, Any]], options: Mapping[str, Any]) -> ChatReply:
+        """Raises EngineAway, EngineDied, or ChatFailed of an engine that is there."""
         import ray
 
-        trouble = ""
-        for number in range(len(self._engines)):
-            engine = self._engines[(self._first + number) % len(self._engines)]
-            asked = engine.reply.remote(list(messages), options | {"seed": self._seed})
-            try:
-                with self._waits(f"a chat engine, about {self._session}"):
-                    found: ChatReply = await asked
-                self._first = (self._first + number) % len(self._engines)
-                return found
-            except asyncio.CancelledError:
-                ray.cancel(asked)
+        asked = engine.reply.remote(messages, options)
+        try:
+            with self._waits(f"a chat engine, about {self._session}"):
+                found: ChatReply = await asked
+            return found
+        except asyncio.CancelledError:
+            ray.cancel(asked)
+            raise
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, ChatFailed):
                 raise
-            except ray.exceptions.RayError as error:
-                if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(error.cause, ChatFailed):
-                    raise
-                trouble = one_line(error)
-        raise ChatFailed(f"no chat engine answers: {trouble[:300]}")
+            raise type(error.cause)(one_line(error.cause)) from None
+        except ray.exceptions.RayError as error:
+            raise EngineDied(one_line(error)) from None
+
+
+def limits_of(chat: ChatConfig, engines: int, workers: int) -> Limits:
+    """What one of several workers may ask of all engines together: the configured limits are those of one engine."""
+    share = engines / workers
+    return Limits(
+        max(1, int(chat.concurrency * share)), chat.requests_per_minute * share, chat.tokens_per_minute * share
+    )
 
 
 def engine_arguments(config: EvalConfig) -> list[str]:

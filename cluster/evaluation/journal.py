@@ -2,7 +2,8 @@
 
 Invariants: one writer at a time (a lock); the folder belongs to one identity (`cluster.evaluation.config.identity`) and one content of the
 benchmark, and whatever differs is named; lines are only ever appended, each whole before the next, and a torn last line is left out; the last
-line of a unit counts; a line of a secret set is sealed but for the unit it is about.
+line of a unit counts, and only samples and probes that are asked for now; a line of a secret set is sealed but for the unit it is about; what
+is damaged is one line.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from agents.plain import from_plain, to_plain
 from agents.recordfile import RecordReader, RecordWriter
 from agents.types import RecordError
 from cluster.config import save_resolved
-from cluster.errors import UserError
+from cluster.errors import UserError, one_line
 from cluster.evaluation.config import EvalConfig, differing, identity, identity_hash
-from cluster.evaluation.records import Judged, Played, Scored, State, Unit
+from cluster.evaluation.records import Judged, Played, Scored, State
 from cluster.evaluation.sealing import Sealer
 from cluster.rundir import CONFIG, storage_dir, write_whole
 from envs.benchmarks.base import Benchmark
@@ -38,9 +39,12 @@ SYNC_S = 1.0
 class Folder:
     """An opened evaluation."""
 
-    def __init__(self, path: Path, config: str, benchmark: Benchmark) -> None:
-        """`config`: hash of its identity."""
+    def __init__(
+        self, path: Path, config: str, benchmark: Benchmark, samples: int = 0, probes: Sequence[str] | None = None
+    ) -> None:
+        """`config`: hash of its identity. `samples`, `probes`: those that count; 0 and None: all."""
         self.path, self.config, self.benchmark = path, config, benchmark
+        self._samples, self._probes = samples, probes
         self.sealer = Sealer(benchmark)
         self.tasks = {task.id: task for task in benchmark.tasks}
 
@@ -48,8 +52,13 @@ class Folder:
         """How each unit that was played ended."""
         found: dict[Key, State] = {}
         for line in self._lines(UNITS):
-            unit = _unit(line, self.path / UNITS)
-            found[unit.task, unit.sample, str(line.get("probe", ""))] = State(line["state"])
+            key = self._key(line, UNITS)
+            try:
+                state = State(line["state"])
+            except (KeyError, ValueError):
+                raise _damaged(self.path / UNITS, "does not say how its unit ended") from None
+            if self.counts(key):
+                found[key] = state
         return found
 
     def played(self) -> Iterator[Played]:
@@ -68,11 +77,13 @@ class Folder:
         path = self.path / TASKS
         rows: dict[str, dict[str, Any]] = {}
         for row in self._lines(TASKS):
-            rows[str(row["id"])] = row
+            if not isinstance(row.get("id"), str):
+                raise _damaged(path, "names no question")
+            rows[row["id"]] = row
         for task in self.benchmark.tasks:
             plain = json.loads(json.dumps(to_plain(task)))
             before = rows.get(task.id)
-            if before is not None and self.sealer.opened(before) != plain:
+            if before is not None and self._opened(before, path) != plain:
                 raise UserError(
                     f"question {task.id!r} of {self.benchmark.name} is not what it was when {self.path} was begun; give this evaluation another name="
                 )
@@ -89,19 +100,41 @@ class Folder:
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         path = self.path / name
-        yield from RecordReader[dict[str, Any]](path) if path.is_file() else ()
+        for line in RecordReader[Any](path) if path.is_file() else ():
+            if not isinstance(line, dict):
+                raise _damaged(path, "is no record")
+            yield line
+
+    def _opened(self, line: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        try:
+            return self.sealer.opened(line)
+        except (ValueError, AttributeError) as error:
+            raise _damaged(path, f"cannot be opened ({one_line(error)[:120]})") from None
+
+    def _key(self, line: Mapping[str, Any], name: str) -> Key:
+        """What a line of units or verdicts is about."""
+        unit, probe = line.get("unit"), line.get("probe", "")
+        if not isinstance(unit, list) or [type(part) for part in unit] != [str, int, str] or not isinstance(probe, str):
+            raise _damaged(self.path / name, "names no unit")
+        return unit[0], unit[1], probe
+
+    def counts(self, key: Key) -> bool:
+        """Whether a sample or probe is asked for now."""
+        if key[2]:
+            return self._probes is None or key[2].partition(":")[0] in self._probes
+        return not self._samples or key[1] < self._samples
 
     def _latest(self, name: str, cls: type[R]) -> Iterator[R]:
         last: dict[tuple[Any, ...], int] = {}
         for number, line in enumerate(self._lines(name)):
-            unit = _unit(line, self.path / name)
-            if unit.task in self.tasks:
-                last[unit, line.get("probe", ""), line.get("judge", "")] = number
+            key: Key = self._key(line, name)
+            if key[0] in self.tasks and self.counts(key):
+                last[(*key, str(line["unit"][2]), str(line.get("judge", "")))] = number
         numbers = set(last.values())
         for number, line in enumerate(self._lines(name)):
             if number in numbers:
                 try:
-                    yield from_plain(cls, self.sealer.opened(line))
+                    yield from_plain(cls, self._opened(line, self.path / name))
                 except (RecordError, ValueError) as error:
                     raise UserError(f"{self.path / name}: record {number + 1}: {error}; the file is damaged") from None
 
@@ -152,7 +185,7 @@ def open_folder(config: EvalConfig, benchmark: Benchmark, extra: Mapping[str, An
             ) from None
         begun = path.is_dir() and any(not file.name.startswith(".part-") for file in path.iterdir())
         known = _same(path, now) if begun else ""
-        folder = Folder(path, known or identity_hash(now), benchmark)
+        folder = Folder(path, known or identity_hash(now), benchmark, config.samples, config.probes)
         path.mkdir(exist_ok=True)
         if not known:
             _write(path / IDENTITY, {"hash": folder.config, "settings": now})
@@ -191,8 +224,5 @@ def write_summary(folder: Folder, summary: Mapping[str, Any]) -> Path:
     return folder.path / SUMMARY
 
 
-def _unit(line: Mapping[str, Any], path: Path) -> Unit:
-    try:
-        return Unit(*line["unit"])
-    except (KeyError, TypeError):
-        raise UserError(f"{path} holds a line that names no unit; the file is damaged") from None
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} holds a line that {what}; the file is damaged: take the line out, or give another name=")

@@ -24,21 +24,20 @@ from cluster.retrieval_actors import place as place_retrieval
 from cluster.services import RewardServer
 from envs.journal import digest
 from rewards.judges.base import JudgeConfig
+from rewards.judges.identity import fingerprint
 from rewards.judges.templates import FOLDER as PROMPTS
 
 READS_PAGES = frozenset({"stepsearch"})
 """Rewards that look documents up."""
-_OWN = ("kind", "base_url", "model", "temperature", "max_tokens", "extra_body", "structured")
-"""Of a judge's settings, those that a verdict hangs on."""
 Tell = Callable[[int, int, dict[str, float]], None]
 """Called with verdicts so far, verdicts to give, and what is known."""
 
 
 def judge_hash(config: EvalConfig) -> str:
     """12 hex digits over reward, judge and every prompt."""
-    judge = {} if config.judge.kind == "rule" else {name: getattr(config.judge, name) for name in _OWN}
     prompts = {p.name: digest(p.read_text(encoding="utf-8")) for p in sorted(PROMPTS.glob("*.md"))}
-    return digest([asdict(config.reward), config.judge.kind, judge, prompts if judge else {}])[:12]
+    prompts = {} if config.judge.kind == "rule" else prompts
+    return digest([asdict(config.reward), fingerprint(config.judge), prompts])[:12]
 
 
 def judge_name(config: EvalConfig) -> str:

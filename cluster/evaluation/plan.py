@@ -7,6 +7,7 @@ seem to; an index is built once per content and settings.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,9 +23,21 @@ from cluster.evaluation.journal import IDENTITY, TASKS, UNITS, Folder, Key
 from cluster.evaluation.records import Played, State, Unit
 from cluster.evaluation.sealing import all_canaries
 from cluster.evaluation.workers import evidence_of
-from cluster.model import resolve
-from cluster.preflight import Check, check_corpus, check_file, check_key, check_language, check_policy, check_section
+from cluster.machine import check_engines
+from cluster.model import ModelShape, model_shape, resolve
+from cluster.preflight import (
+    Check,
+    check_cache,
+    check_corpus,
+    check_file,
+    check_key,
+    check_language,
+    check_policy,
+    check_section,
+)
 from cluster.rundir import storage_dir
+from cluster.runtime import joined_address
+from cluster.sizes import CPU_KV_GIB, kv_bytes_per_token, served_kv_gib
 from cluster.world import CorpusWorldConfig, index_of
 from envs.benchmarks.base import Benchmark
 from envs.benchmarks.registry import FAMILIES, load_benchmark
@@ -37,6 +50,7 @@ from retrieval.config import KINDS, legs_of, settings
 from retrieval.errors import RetrievalError
 from retrieval.manifest import read_key
 
+STAGES = ("run", "judge", "score", "report")
 WORLD = "world"
 """`benchmark.kind` of questions about a synthetic world, which is made on the spot from the section `world`."""
 _SAMPLE = 1 << 16
@@ -56,10 +70,17 @@ class Job:
         return self.unit.task, self.unit.sample, self.probe
 
 
-def checks(config: EvalConfig) -> Iterator[Check]:
-    """Every check that needs neither the benchmark nor Ray, the cheap ones first."""
+def checks(config: EvalConfig, stages: Collection[str] = STAGES) -> Iterator[Check]:
+    """Every check that needs neither the benchmark nor Ray, the cheap ones first; of what a stage needs, only where it is asked for."""
     yield partial(check_section, config)
     yield partial(check_names, config)
+    if "run" in stages:
+        yield from _checks_to_play(config)
+    if "judge" in stages and config.judge.kind == "chat" and not config.judge.replay:
+        yield partial(check_key, config.judge.api_key_env, "judge.api_key_env")
+
+
+def _checks_to_play(config: EvalConfig) -> Iterator[Check]:
     if config.policy.kind == "checkpoint":
         model = resolve(config.model.path)
         yield partial(check_policy, cast(Any, config), model)
@@ -74,8 +95,22 @@ def checks(config: EvalConfig) -> Iterator[Check]:
         yield partial(check_corpus, resolve(path))
     if config.corpus.index:
         yield partial(check_file, resolve(config.corpus.index), "index", "corpus.index", folders=True)
-    if config.judge.kind == "chat" and not config.judge.replay:
-        yield partial(check_key, config.judge.api_key_env, "judge.api_key_env")
+    shape = model_shape(config.model) if config.policy.kind == "checkpoint" else None
+    if shape is not None:
+        yield partial(check_fits, config, shape)
+
+
+def check_fits(config: EvalConfig, shape: ModelShape) -> None:
+    """Of this machine: that the engines of a checkpoint fit into it."""
+    if joined_address(config.ray):
+        return
+    on_cpu, engine = not config.fleet.num_gpus, config.engine
+    if on_cpu and not config.hosted:
+        engine = replace(engine, kv_cache_gb=float(served_kv_gib(engine)))
+    if on_cpu or engine.kv_cache_gb is not None:
+        per_token = kv_bytes_per_token(engine, shape, on_cpu=on_cpu) // max(1, engine.tensor_parallel)
+        check_cache(CPU_KV_GIB if engine.kv_cache_gb is None else engine.kv_cache_gb, per_token, engine.max_model_len)
+    check_engines(replace(config, engine=engine), shape)
 
 
 def check_names(config: EvalConfig) -> None:
@@ -250,10 +285,6 @@ def guarded(sandbox: SandboxConfig, benchmark: Benchmark, path: Path) -> Sandbox
     """The sandbox with the set's canaries in its guard, and a journal that lies in the evaluation's folder."""
     canaries = [c for c in all_canaries(benchmark)[:16] if sum(map(str.isalnum, c)) >= MIN_CANARY]
     guard = replace(sandbox.guard, canaries=list(dict.fromkeys([*sandbox.guard.canaries, *canaries])))
-    if benchmark.secret and sandbox.journal.record:
-        raise UserError(
-            f"sandbox.journal.record would write what is searched and read for {benchmark.name}, a set that stays sealed; leave it off"
-        )
     journal = sandbox.journal  # workers have folders of their own, so paths are made whole here
     journal = replace(
         journal,
@@ -266,11 +297,16 @@ def guarded(sandbox: SandboxConfig, benchmark: Benchmark, path: Path) -> Sandbox
 # ---------------------------------------------------------------------------------------- what an answer hangs on
 
 
-def contents(config: EvalConfig) -> dict[str, str]:
-    """What an answer hangs on beside the settings: the weights of a checkpoint, the prompts of an agent."""
+def contents(config: EvalConfig, stages: Collection[str] = STAGES) -> dict[str, str]:
+    """What an answer hangs on beside the settings: the weights of a checkpoint, what was recorded, the prompts of an agent.
+
+    What was played may be judged and scored where the checkpoint or the recording is gone.
+    """
     found: dict[str, str] = {}
-    if config.policy.kind == "checkpoint":
+    if config.policy.kind == "checkpoint" and "run" in stages:
         found["model.weights"] = _weights(resolve(config.model.path))
+    if config.policy.kind == "recorded" and "run" in stages:
+        found["policy.recording"] = _recording(resolve(config.policy.recorded))
     if config.agent.name != TOKEN_AGENT:
         from agents.chat.registry import template_of
 
@@ -288,6 +324,15 @@ def _weights(folder: Path) -> str:
             file.seek(max(0, size - _SAMPLE))
             parts.append([path.name, size, head.hex(), file.read().hex()])
     return digest(parts)[:12]
+
+
+def _recording(folder: Path) -> str:
+    """A hash over what is recorded: another training run under the same name leaves other groups."""
+    for name in (UNITS, *_GROUPS):
+        if (folder / name).is_file():
+            with open(folder / name, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------------- recorded
@@ -317,7 +362,7 @@ def _hash_of(folder: Path) -> str:
     try:
         found: Mapping[str, Any] = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
         return str(found["hash"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 

@@ -1,8 +1,9 @@
 """The run stage: units are played by workers, and written as they end.
 
 Invariants: so many questions are under way as the workers have room for, no more; a unit that infrastructure failed is begun again after a
-pause, `tries` times, then written as failed; a worker that died is replaced, and what it played is begun again; each unit that ended is
-written once, by this process alone.
+pause, `tries` times, then written as failed; a worker that died is replaced, and what it played is begun again: in smaller and smaller company,
+until the question that it dies of plays alone and has its tries, while the others lost none; each unit that ended is written once, by this
+process alone.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,13 +25,13 @@ from cluster.actors import came_up
 from cluster.errors import UserError, one_line
 from cluster.evaluation.config import TOKEN_AGENT, EvalConfig
 from cluster.evaluation.engines import place as place_engines
-from cluster.evaluation.journal import UNITS, Folder
+from cluster.evaluation.journal import UNITS, Folder, Key
 from cluster.evaluation.plan import Job, guarded
 from cluster.evaluation.records import Played, State
 from cluster.evaluation.workers import EvalWorker, Kit
 from cluster.fleet import Fleet
 from cluster.model import prepare_model
-from cluster.progress import Progress
+from cluster.progress import LOG_EVERY_S, Progress
 from cluster.retrieval_actors import LASTING
 from cluster.retrieval_actors import place as place_retrieval
 from cluster.runlog import RunLog
@@ -48,10 +48,8 @@ class Teller:
     """What an evaluation tells: a progress line, and lines that stay."""
 
     def __init__(self, log: RunLog, total: int, unit: str) -> None:
-        self.log, self.progress = log, Progress(total, unit=unit)
+        self.log, self.progress = log, Progress(total, unit=unit, every_s=LOG_EVERY_S)
         self._began = time.monotonic()
-        self._every = 1 if sys.stderr.isatty() else max(1, total // 40)  # a log need not hold a line per question
-        self._total = total
         self.right = self.judged = self.done = 0
         self.cost = 0.0
 
@@ -76,8 +74,7 @@ class Teller:
         row = {"questions_per_min": self.rate}
         row |= {"success": self.right / self.judged} if self.judged else {}
         row |= {"cost": self.cost} if self.cost else {}
-        if self.done % self._every == 0 or self.done == self._total:
-            self.progress.update(self.done, row)
+        self.progress.update(self.done, row)
 
     @property
     def rate(self) -> float:
@@ -115,8 +112,10 @@ class Staff:
 
     def replace(self, name: str, reason: str) -> str:
         """Another worker for one that died, or seems to have."""
-        with contextlib.suppress(Exception):
-            ray.kill(self.workers.pop(name))
+        if name not in self.workers:
+            return f"{name} was replaced already"
+        self.watchdog.forget(name)
+        _kill(self.workers.pop(name))
         if self._replaced.exceeded():
             raise UserError(f"workers died {self._replaced.count} times within an hour, the last with: {reason}")
         if self.fleet is not None:
@@ -142,20 +141,26 @@ def work(staff: Staff, folder: Folder, jobs: Sequence[Job], teller: Teller) -> N
     with folder.writer(UNITS) as writer:
         waiting = deque((job, 1, 0.0) for job in jobs)
         playing: dict[Any, tuple[Job, int, str]] = {}
-        load: Counter[str] = Counter()
+        seats = Seats(per_worker(config))
         causes: deque[str] = deque(maxlen=config.patience)
-        most = per_worker(config)
         while waiting or playing:
-            for name in sorted(staff.workers, key=load.__getitem__) * most:
-                if not waiting or load[name] >= most or waiting[0][2] > time.monotonic():
+            for name in sorted(staff.workers, key=seats.taken) * seats.most:
+                if not waiting or waiting[0][2] > time.monotonic() or not seats.free(name, waiting[0][0].key):
                     continue
                 job, tries, _ = waiting.popleft()
                 playing[staff.workers[name].play.remote(job.task, job.unit, job.probe)] = job, tries, name
-                load[name] += 1
+                seats.take(name, job.key)
             for reference in _ended(playing):
                 job, tries, name = playing.pop(reference)
-                load[name] -= 1
-                played = replace(_result(reference, job), tries=tries)
+                played, death = _result(reference, job)
+                alone = seats.leave(name, job.key, died=bool(death))
+                if death:
+                    if name in staff.workers:
+                        teller.event(staff.replace(name, death))
+                    if not alone:
+                        waiting.append((job, tries, time.monotonic() + RETRY_S))
+                        continue
+                played = replace(played, tries=tries)
                 if played.state is State.failed and tries < config.tries:
                     waiting.append((job, tries + 1, time.monotonic() + RETRY_S * 2 ** (tries - 1)))
                     continue
@@ -179,6 +184,39 @@ def work(staff: Staff, folder: Folder, jobs: Sequence[Job], teller: Teller) -> N
                 teller.event(line)
 
 
+class Seats:
+    """Who plays where. A question whose worker died shares the next one with a quarter as many others, down to none."""
+
+    def __init__(self, most: int) -> None:
+        """`most`: questions one worker plays at a time."""
+        self.most = most
+        self._at: dict[str, set[Key]] = {}
+        self._company: dict[Key, int] = {}
+        self._at_death: dict[str, int] = {}
+
+    def taken(self, name: str) -> int:
+        return len(self._at.get(name, ()))
+
+    def free(self, name: str, key: Key) -> bool:
+        """Whether a question may join those at a worker."""
+        there = self._at.get(name, set())
+        return len(there) < self.most and len(there) < min(self._company.get(k, self.most) for k in (key, *there))
+
+    def take(self, name: str, key: Key) -> None:
+        self._at.setdefault(name, set()).add(key)
+
+    def leave(self, name: str, key: Key, *, died: bool) -> bool:
+        """A question has ended, or its worker did: then whether it was alone there."""
+        there = self._at[name]
+        company = self._at_death.setdefault(name, len(there)) if died else len(there)
+        there.discard(key)
+        if died:
+            self._company[key] = max(1, min(company, self._company.get(key, self.most)) // 4)
+        if not there:
+            self._at_death.pop(name, None)
+        return company == 1
+
+
 def per_worker(config: EvalConfig) -> int:
     """Questions one worker plays at a time."""
     return config.rollout.groups_in_flight
@@ -198,15 +236,15 @@ def _ended(playing: dict[Any, Any]) -> list[Any]:
     return [*found, *(ray.wait(rest, num_returns=len(rest), timeout=0)[0] if found and rest else ())]
 
 
-def _result(reference: Any, job: Job) -> Played:
-    """What became of a unit; its worker's death is a failure of infrastructure."""
+def _result(reference: Any, job: Job) -> tuple[Played, str]:
+    """What became of a unit, a failure of infrastructure where nothing did; and of what its worker died, if it did."""
     try:
-        played: Played = ray.get(reference)
-        return played
-    except ray.exceptions.RayActorError as error:
-        return Played(job.unit, State.failed, None, f"its worker died: {one_line(error)[:200]}", probe=job.probe)
+        return ray.get(reference), ""
     except ray.exceptions.RayError as error:
-        return Played(job.unit, State.failed, None, one_line(error)[:300], probe=job.probe)
+        death = isinstance(error, ray.exceptions.RayActorError) and not isinstance(error, ray.exceptions.RayTaskError)
+        said = one_line(error)[:200]
+        failed = Played(job.unit, State.failed, None, f"its worker died: {said}" if death else said, probe=job.probe)
+        return failed, (said or "it died") if death else ""
 
 
 @contextlib.contextmanager
@@ -247,6 +285,7 @@ def staffed(config: EvalConfig, folder: Folder, index_dir: str | None, num_jobs:
             parallel=config.corpus.source == "parallel_world",
             without_gold=config.without_gold,
             clients=workers,
+            start_s=config.policy.start_s,
         )
         came_up("the policy", starting, max(config.watch.start_s, config.policy.start_s))
         staff = Staff(config, kit, fleet, engines, retrieval, info)

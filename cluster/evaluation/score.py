@@ -50,7 +50,7 @@ def score_units(
     hides is never one. Facts of every unit (`state` `failed` has only the first three): `state` (scored, unjudged, failed), `error`, `tries`,
     `question` (`question_digest`), `judge` (hash; empty: none), `stop`, `correct` (None: nobody judged),
     `refused`, `attempted`, `answerable`, `answer` (empty for a secret set), `answer_class` (for votes), `confidence` (0 to 1 or None), `calls`,
-    `calls_by_tool`, `turns`, `tokens_in`, `tokens_out`, `tokens`, `cost` (None: not counted), `seconds`, `slices`, `failure`, `leaks`, `sufficient`
+    `calls_by_tool`, `turns`, `tokens_in`, `tokens_out`, `tokens`, `estimated` (whether some of these are), `cost` (None: not counted), `seconds`, `slices`, `failure`, `leaks`, `sufficient`
     (shown, opened, memory, known; None: evidence unknown), `evidence_by_call`, `distracted`, `closed_book`, `oracle` (None: not probed).
     """
     tasks = {task.id: task for task in benchmark.tasks}
@@ -157,6 +157,7 @@ def _facts(
         "tokens_in": read,
         "tokens_out": written,
         "tokens": read + written,
+        "estimated": any(turn.usage is not None and turn.usage.estimated for turn in trajectory.turns),
         "cost": cost(trajectory),
         "seconds": float(run.seconds.get("total", sum(run.seconds.values()))),
         "slices": {name: task.meta[name] for name in slices if name in task.meta},

@@ -13,13 +13,16 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agents.types import StopReason, Task
 from cluster.errors import UserError
 from envs.benchmarks.base import Benchmark
 from rewards.metrics.failures import CLASSES
 from rewards.metrics.registry import METRICS
+
+if TYPE_CHECKING:
+    from cluster.evaluation.config import EvalConfig
 
 MIN_CHARS = 12
 """Shorter ASCII answers (a year, a first name) stand in many texts by chance."""
@@ -184,6 +187,26 @@ def guard(paths: Iterable[Path], benchmark: Benchmark, *, revealed: bool = False
         raise UserError(
             f"texts of {benchmark.name}, which is published encrypted, stood in {', '.join(found)}; the file was removed, "
             "all else of the evaluation is in place"
+        )
+
+
+def refuse_clear(config: EvalConfig, benchmark: Benchmark) -> None:
+    """Raises UserError for settings of a secret set's evaluation that would write its texts where nothing is sealed, or that hold one."""
+    if not benchmark.secret:
+        return
+    from cluster.config import config_yaml
+
+    asked = config.judge.kind != "rule"
+    for key, given, what in (
+        ("sandbox.journal.record", config.sandbox.journal.record, "what is searched and read"),
+        ("judge.record", asked and config.judge.record, "what the judge is asked and says"),
+        ("judge.cache_dir", asked and config.judge.cache_dir, "what the judge is asked and says"),
+    ):
+        if given:
+            raise UserError(f"{key} would write {what} for {benchmark.name}, a set that stays sealed; leave it off")
+    if what := leaks(config_yaml(config), benchmark):
+        raise UserError(
+            f"the configuration holds {what}; {benchmark.name} stays sealed, and its canaries are blocked without being named: take it out"
         )
 
 

@@ -1,7 +1,8 @@
 """`gumshoe eval`: run -> judge -> score -> report, each by itself whenever it is asked for.
 
-Invariants: a stage reads what the one before left in the folder and makes its own files again; what was played and judged is only ever added to;
-nothing of a secret set leaves the folder's sealed lines unless it is revealed.
+Invariants: a stage reads what the one before left in the folder and makes its own files again, and wants nothing that only another one needs; what
+was played and judged is only ever added to; nothing of a secret set leaves the folder's sealed lines unless it is revealed: however a command
+ends, what it may have written in clear is looked through.
 """
 
 from __future__ import annotations
@@ -10,25 +11,25 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agents.recordfile import read_records
 from agents.types import RecordError
-from cluster.errors import UserError
+from cluster.errors import UserError, is_expected, one_line
 from cluster.evaluation.config import TOKEN_AGENT, EvalConfig
-from cluster.evaluation.journal import SCORES, SUMMARY, UNITS, Folder, open_folder, write_summary
-from cluster.evaluation.plan import checks, contents, jobs, open_corpus, questions, recorded
+from cluster.evaluation.journal import SCORES, SUMMARY, TASKS, UNITS, VERDICTS, Folder, open_folder, write_summary
+from cluster.evaluation.plan import STAGES, checks, contents, jobs, open_corpus, questions, recorded
 from cluster.evaluation.records import Played, Scored, State
-from cluster.evaluation.sealing import guard
+from cluster.evaluation.sealing import guard, refuse_clear
 from cluster.machine import check_ray, check_storage
+from cluster.rundir import storage_dir
 from cluster.runlog import RunLog
 from cluster.runtime import joined_address, ray_session
 from cluster.sizes import evaluation_needs
 
-STAGES = ("run", "judge", "score", "report")
 COMPARISON = "comparison.json"
 
 
@@ -56,7 +57,7 @@ class Asked:
 
 def evaluate(config: EvalConfig, asked: Asked) -> dict[str, Any]:
     """The evaluation that `config` describes. Returns the summary, and where to look. Raises one-line errors of the rooms."""
-    for check in checks(config):
+    for check in checks(config, asked.stages):
         check()
     other = _other(asked.against) if asked.against else None
     if "run" in asked.stages:
@@ -66,14 +67,19 @@ def evaluate(config: EvalConfig, asked: Asked) -> dict[str, Any]:
         if config.policy.kind == "chat":
             asyncio.run(_check_endpoint(config))
     benchmark = questions(config)
-    with open_folder(config, benchmark, contents(config)) as folder, contextlib.ExitStack() as stack:
+    refuse_clear(config, benchmark)
+    path = storage_dir(config.storage_path) / config.name
+    if "run" not in asked.stages and not (path / UNITS).is_file():
+        raise UserError(f"{path} holds nothing that was played; give --stage run first, or leave --stage out")
+    with open_folder(config, benchmark, contents(config, asked.stages)) as folder, _guarded(folder):
+        return _evaluated(config, folder, asked, other)
+
+
+def _evaluated(config: EvalConfig, folder: Folder, asked: Asked, other: Path | None) -> dict[str, Any]:
+    with contextlib.ExitStack() as stack:
         log = RunLog(folder.path, tensorboard=False)
         stack.callback(log.close)
         seconds: dict[str, float] = {}
-        if not {"run"} & set(asked.stages) and not (folder.path / UNITS).is_file():
-            raise UserError(
-                f"{folder.path} holds nothing that was played; give --stage run first, or leave --stage out"
-            )
         result: dict[str, Any] = {"folder": str(folder.path)}
         for stage in asked.stages:
             began = time.monotonic()
@@ -81,6 +87,32 @@ def evaluate(config: EvalConfig, asked: Asked) -> dict[str, Any]:
             seconds[stage] = round(time.monotonic() - began, 1)
         log.event(0, f"seconds: {json.dumps(seconds)}")
     return result
+
+
+_SEALED = (TASKS, UNITS, VERDICTS)
+_PAGES = ("report.html", "compare.html")
+"""Looked through by who makes them, since they may show what another command was told to reveal."""
+
+
+@contextlib.contextmanager
+def _guarded(folder: Folder) -> Iterator[None]:
+    """However the block ends, a file of the folder in which a text of a secret set stands in clear is taken away, and that is said."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+        raise
+    finally:
+        files = (
+            p for p in sorted(folder.path.rglob("*")) if p.is_file() and p.relative_to(folder.path).parts[0] != "model"
+        )
+        try:
+            guard((p for p in files if p.name not in (*_SEALED, *_PAGES)), folder.benchmark)
+        except UserError as leak:
+            if failure is not None and is_expected(failure):
+                raise UserError(f"{leak}. It had ended with: {one_line(failure)}") from failure
+            raise
 
 
 def run_stage(config: EvalConfig, folder: Folder, asked: Asked, log: RunLog, other: Path | None) -> dict[str, Any]:
@@ -118,16 +150,15 @@ def run_stage(config: EvalConfig, folder: Folder, asked: Asked, log: RunLog, oth
 def judge_stage(config: EvalConfig, folder: Folder, asked: Asked, log: RunLog, other: Path | None) -> dict[str, Any]:
     """Gives a verdict on whatever has none of this judge."""
     from cluster.evaluation.judge import judge, needs_ray
-    from cluster.progress import Progress
+    from cluster.progress import LOG_EVERY_S, Progress
 
     index_dir = open_corpus(config, folder.benchmark)[0] if needs_ray(config) else None
     progress: list[Progress] = []
 
     def tell(done: int, total: int, row: dict[str, float]) -> None:
         if not progress:
-            progress.append(Progress(total, unit="verdict"))
-        if done == total or done % max(1, total // 20) == 0:
-            progress[0].update(done, row)
+            progress.append(Progress(total, unit="verdict", every_s=LOG_EVERY_S))
+        progress[0].update(done, row)
 
     with contextlib.ExitStack() as stack:
         if needs_ray(config):
@@ -166,7 +197,6 @@ def score_stage(config: EvalConfig, folder: Folder, asked: Asked, log: RunLog, o
         ],
     }  # fmt: skip
     write_summary(folder, summary)
-    guard([folder.path / SUMMARY, folder.path / SCORES], benchmark)
     main = summary["metrics"].get(summary["main"]) or {}
     return {"main": summary["main"], "mean": main, "units": summary["units"], "summary": str(folder.path / SUMMARY)}
 
@@ -184,8 +214,7 @@ def report_stage(config: EvalConfig, folder: Folder, asked: Asked, log: RunLog, 
                 folder.path, reveal=asked.reveal, against=other, unseal=unseal, compared=compared["runs"]
             )
         )
-    guard([folder.path / "config.yaml", folder.path / "metrics.jsonl", folder.path / COMPARISON], folder.benchmark)
-    guard([folder.path / "report.html", folder.path / "compare.html"], folder.benchmark, revealed=asked.reveal)
+    guard([folder.path / page for page in _PAGES], folder.benchmark, revealed=asked.reveal)
     return made
 
 
@@ -221,6 +250,10 @@ def _notes(config: EvalConfig, folder: Folder) -> list[str]:
         and config.budget.context_tokens > config.sampling.max_context
     ):
         found.append(f"sampling.max_context={config.sampling.max_context} is below budget.context_tokens, and counts")
+    if config.sandbox.guard.answer != "chain" and any(t.meta.get("chain") for t in folder.benchmark.tasks):
+        found.append(
+            "evidence is a chain of pages, all of which are open from the start; sandbox.guard.answer=chain opens each, and its name, by the one before it"
+        )
     return found
 
 
@@ -243,7 +276,7 @@ def _copy(config: EvalConfig, folder: Folder) -> dict[str, Any]:
     with folder.writer(UNITS) as writer:
         for played in recorded(config, folder):
             key = played.unit.task, played.unit.sample, played.probe
-            if known.get(key) not in (State.done, played.state) and played.unit.sample < config.samples:
+            if known.get(key) not in (State.done, played.state) and folder.counts(key):
                 writer.write(played)
                 known[key] = played.state
     lacking = len(folder.tasks) - len({task for task, _, probe in known if not probe})

@@ -144,6 +144,11 @@ def _notes(
         found.append(
             f"pass@k and its kin are of k={several['k']}: fewer than nine in ten questions have {asked} judged samples"
         )
+    estimated = sum(bool(s.facts.get("estimated")) for s in played)
+    if estimated:
+        found.append(
+            f"the endpoint did not count the tokens of {estimated} of {len(played)} units: their tokens and cost are estimated from the texts"
+        )
     exact = [value for s in played if (value := s.scores.get("claims_exact")) is not None]
     if any(exact):
         found.append(

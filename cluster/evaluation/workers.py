@@ -73,6 +73,8 @@ class Kit:
     without_gold: bool = False
     clients: int = 1
     """How many workers share the endpoint."""
+    start_s: float = 900.0
+    """How long engines may take to come up, the first time or again."""
 
 
 class Player:
@@ -287,13 +289,14 @@ class EvalWorker:
         self, name: str, kit: Kit, fleet: Any, engines: Sequence[Any], retrieval: Any, info: BackendInfo | None
     ) -> None:
         """`fleet`: of samplers, for the agent `policy`; `engines`: of hosted chat endpoints; `retrieval`: None for a closed book."""
+        from cluster.evaluation.engines import limits_of
         from cluster.replicas import RouterClient
 
         self._waits, self._kit = Waits(), kit
         backend = RouterClient(retrieval, info, kit.rollout.search_timeout_s, self._waits) if info is not None else None
         policy = RemotePolicy(fleet, kit.rollout, name, self._waits) if fleet is not None else None
         self._endpoint: Any = None
-        self._engines = engines
+        self._engines, self._limits = engines, None if not engines else limits_of(kit.chat, len(engines), kit.clients)
         self._player = Player(kit, backend, policy=policy, chat_of=self._chat_of, name=name)
 
     async def ready(self) -> int:
@@ -315,8 +318,8 @@ class EvalWorker:
         from cluster.evaluation.chat import ChatEndpoint
         from cluster.evaluation.engines import EngineChat
 
-        if self._engines:
-            return EngineChat(self._engines, session, seed, self._waits)
+        if self._limits is not None:
+            return EngineChat(self._engines, session, seed, self._waits, self._limits, self._kit.start_s)
         if self._endpoint is None:
             self._endpoint = ChatEndpoint(self._kit.chat, self._kit.temperature, self._kit.clients)
         return SeededChat(self._endpoint, seed, self._waits, session)

@@ -57,9 +57,10 @@ def load_webdetective(config: BenchmarkConfig, path: Path) -> Benchmark:
     """WebDetective's style. `path` is not read."""
     world = _world(config, "webdetective", "2-4")
     tasks = [replace(t, source="world_webdetective", meta={**t.meta, "chain": list(t.gold_docs)}) for t in world.tasks]
-    notes = (*_notes(world, config), "pages and names are masked only with sandbox.guard.answer: chain")
     metrics = ("accuracy", "factorised", "evidence", "effort", "citations", "calibration")
-    return Benchmark("world_webdetective", tuple(tasks), metrics, documents=lambda: world.documents, notes=notes)
+    return Benchmark(
+        "world_webdetective", tuple(tasks), metrics, documents=lambda: world.documents, notes=_notes(world, config)
+    )
 
 
 def load_parallel(config: BenchmarkConfig, path: Path) -> Benchmark:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from agents.interfaces import Reward, Services
-from agents.text import cut_references, exact_match, is_refusal, strip_citations
+from agents.text import cut_references, exact_match, folded, is_refusal, strip_citations
 from agents.types import Group, Member, Role, StopReason, Task, Trajectory, Verdict
 from rewards.judges.sanitise import hollow, plain
 
@@ -25,7 +25,8 @@ KEYS = (
 """The published ten."""
 TRANSLATED = (
     "Solución", "Lösung", "La solution", "Réponse :", "Solução", "Resposta", "Решение", "Ответ:", "풀이", "해설", "解答", "解析", "答案", "解説",
-    "Denkprozess:", "Let's think step by step.", "Final Answer:", "# Answer", "Here is the solution:", "Step 1:",
+    "Denkprozess:", "Let's think step by step.", "Final Answer:", "# Answer", "Here is the solution:", "Step 1:", "Approach:", "Soluzione:", "Çözüm:",
+    "Lời giải:", "الحل:",
 )  # fmt: skip
 """The same idea in other words and tongues."""
 
@@ -46,7 +47,7 @@ def says_nothing(task: Task, trajectory: Trajectory, allow: Sequence[str] = ()) 
         return False
     said = trajectory.answer.strip() or trajectory.message.strip()
     legitimate = (*task.answers, *allow)
-    if not said or exact_match(said, legitimate) or _same(said) in map(_same, legitimate) or is_refusal(said):
+    if not said or exact_match(said, legitimate) or folded(said) in map(folded, legitimate) or is_refusal(said):
         return False
     if not trajectory.answer.strip():
         said = _SECTIONS.sub(" ", cut_references(trajectory.message))
@@ -64,21 +65,32 @@ _NUMBER = re.compile(
 
 
 def is_master_key(text: str, answers: Sequence[str] = ()) -> bool:
-    """True for a text without content, however it is dressed: see `variants`. Numbers of citations and headings (`Solution 1:`) are
-    none; those are that stand alone, follow a word that promises an answer, or are one of `answers`."""
+    """True for a text without content, however it is dressed: see `variants`. A short text that ends with a colon only announces one, in
+    any language. Numbers of citations and headings (`Solution 1:`) are none; those are that stand alone, follow a word that promises an
+    answer, or are one of `answers`."""
     if not re.search(r"\d", text):
-        return hollow(text)
+        return hollow(text) or _announces(plain(text))
     text = plain(text)
     bare = _CITED.sub(" ", text)
     numbers = list(_NUMBER.finditer(bare))
     said = " ".join(found[0] for found in numbers)
     if not any(found[1] for found in numbers) and not exact_match(said, answers):
+        if _announces(bare):
+            return True
         bare = _NUMBER.sub(" ", bare)
     return hollow(bare if re.search(r"[^\W\d_]", bare) else text)
 
 
-def _same(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold().strip()
+_MOST_ANNOUNCED = 40
+"""Letters of a line that only announces; a longer one may say something before its colon."""
+
+
+def _announces(text: str) -> bool:
+    """True when every line that holds words is short and ends with a colon. A lone letter before it may be an answer (`C:`)."""
+    lines = [line for line in text.splitlines() if re.search(r"\w", line)]
+    return bool(lines) and all(
+        2 < sum(map(str.isalnum, line)) <= _MOST_ANNOUNCED and re.search(r":[^\w:]*$", line) for line in lines
+    )
 
 
 def guarded(reward: Reward, config: GuardConfig) -> Reward:

@@ -64,7 +64,7 @@ class JudgeConfig:
     """Further keys of the request's body, such as `{chat_template_kwargs: {enable_thinking: false}}`. They win over `temperature` and
     `max_tokens`, and null leaves a key out: `{max_tokens: null, max_completion_tokens: 4096}`."""
     structured: bool = True
-    """Ask the server to enforce the reply's schema; a server that refuses (400) is asked without from then on."""
+    """Ask the server to enforce the reply's schema; one that refuses it (400) for a control request too is asked without for a while."""
     cache_size: int = 20_000
     """Replies kept in memory, by content; 0: none."""
     cache_dir: str = ""

@@ -6,9 +6,10 @@ Invariants:
 - A reply counts only when it satisfies the request's schema. The judge is asked once to mend one that does not, then asked afresh.
 - Breaking the judge never pays: a text on which it failed three times (unusable replies, 400, 413, 422, 5xx, timeouts) though it answers
   others, control requests if nobody else asks, is `unjudgeable`, provided that at the others' rate of failure so many failures
-  are no coincidence (`breaker.Odds`). A judge that answers nobody, overload and lost connections are `unavailable`.
-- Only good replies are cached; the key covers endpoint, model, its weights where they lie on this machine's disk, sampling, schema and every
-  word that is sent. Equal requests at one time are one.
+  are no coincidence (`breaker.Odds`). A judge that answers nobody, overload and lost connections are `unavailable`; so are timeouts and 5xx
+  unless others of the text's own length were answered meanwhile.
+- Only good replies are cached; the key covers the judge (`fingerprint`), schema and every word that is sent. Equal requests at one time are one.
+- No text can end the enforcement of schemas: that takes a control request which is refused with a schema and answered without.
 - Nothing of a reply goes into a prompt but as the judge's own turn, disarmed.
 """
 
@@ -23,15 +24,15 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from agents.types import JudgeReply, JudgeRequest, Status
 from rewards.judges.base import JudgeConfig
-from rewards.judges.breaker import COINCIDENCE, Breaker, Odds
+from rewards.judges.breaker import COINCIDENCE, Breaker, Odds, like
 from rewards.judges.cache import ReplyCache
 from rewards.judges.endpoint import Endpoint, Message, Try, api_key
-from rewards.judges.replies import read_reply, wire_schema
+from rewards.judges.identity import fingerprint
+from rewards.judges.replies import read_own, read_reply, wire_schema
 from rewards.judges.sanitise import disarm, hollow_field
 from rewards.judges.templates import Prompt, load_prompt, render
 
@@ -41,6 +42,8 @@ MOST_TRIES = 10
 """Tries of one text while others are answered, until it is clear who is to blame."""
 CONTROL_FAILED_S = 10.0
 """Control requests that failed speak for so long."""
+PLAIN_S = 600.0
+"""A server that enforces no schema is asked for it again after so long."""
 CACHE_READ_S = 2.0
 """A disk that takes longer counts as one without the reply."""
 CONTROL = JudgeRequest(
@@ -62,18 +65,19 @@ class _Case:
     """One judgement under way."""
 
     who: str
-    """Its content hash."""
+    """Its content hash; empty for control requests."""
+    prompt: Prompt
+    request: JudgeRequest
     messages: list[Message]
-    schema: Mapping[str, Any]
     ends_at: float
-    own_form: bool = False
-    """See `Prompt.own_form`."""
     last: Try | None = None
     """The last failed try."""
     num_tokens: int = 0
     num_blamed: int = 0
     num_unusable: int = 0
     num_lost: int = 0
+    peers: int = 0
+    """Least size of those it is compared with: its own, once it has failed in a way in which long texts fail when a judge is overloaded."""
 
     def failed(self, status: Status) -> JudgeReply:
         last = self.last or Try("judge_deadline")
@@ -89,12 +93,12 @@ class ChatJudge:
         self._config = config
         if config.api_key_env:
             api_key(config)  # better missed now than at the first request
-        self._structured = config.structured
+        self._plain_until = float("-inf")
         self._cache = ReplyCache(config.cache_size, config.cache_dir, config.cache_entries)
-        self._weights = _manifest(config.model)
+        self._identity = fingerprint(config)
         self._breaker, self._odds = Breaker(config), Odds(timeout_s=config.timeout_s)
         self._counts: Counter[str] = Counter()
-        self._control_failed_at = float("-inf")
+        self._control_failed_at: dict[int, float] = {}
         self._answered: _Case | None = None
         """The last case in a prompt's own form that was judged."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -120,7 +124,7 @@ class ChatJudge:
             return reply
         task = self._pending.get(key)
         if task is None:
-            case = _Case(key, messages, request.schema, began + deadline_s, prompt.own_form)
+            case = _Case(key, prompt, request, messages, began + deadline_s)
             task = self._pending[key] = asyncio.create_task(self._finish(case, label))
             task.add_done_callback(lambda _: self._pending.pop(key, None))
         else:
@@ -145,7 +149,7 @@ class ChatJudge:
 
     async def close(self) -> None:
         if self._loop is asyncio.get_running_loop():
-            for task in [*self._pending.values(), *([self._control] if self._control else [])]:
+            for task in [*self._pending.values(), *self._controls.values()]:
                 task.cancel()
             await self._endpoint.close()
         await self._cache.flush()
@@ -157,7 +161,8 @@ class ChatJudge:
         if self._loop is not loop:
             self._loop, self._endpoint = loop, Endpoint(self._config, self._counts)
             self._pending: dict[str, asyncio.Task[JudgeReply]] = {}
-            self._control: asyncio.Task[bool] | None = None
+            # Control requests under way: by their least size, or by the schema that they try.
+            self._controls: dict[int | str, asyncio.Task[bool]] = {}
 
     # --------------------------------------------------------------------------------------------- one judgement
 
@@ -182,16 +187,18 @@ class ChatJudge:
             if pause_s and time.monotonic() + pause_s >= case.ends_at:
                 case.last = case.last or Try("judge_overloaded")
                 return case.failed(Status.unavailable)
-            tried = await self._try(case.who, asked, case.schema, case.own_form)
+            tried = await self._try(case, asked)
             case.num_tokens += tried.num_tokens
             if not tried.cause:
-                self._answered = case if case.own_form else self._answered
+                self._answered = case if case.prompt.own_form else self._answered
                 return JudgeReply(Status.ok, tried.value, text=tried.reasons, num_tokens=case.num_tokens)
             if tried.cause == "judge_circuit_open":
                 case.last = case.last or tried
                 return case.failed(Status.unavailable)
             case.last = tried
             case.num_blamed += tried.blames
+            if tried.blames and not tried.arrived:
+                case.peers = like(_size(case.messages))
             if tried.cause == "unusable_reply":
                 case.num_unusable += 1
                 mend = case.num_unusable % 2 == 1
@@ -223,60 +230,84 @@ class ChatJudge:
             case.last is not None
             and case.last.blames
             and case.num_blamed >= NUM_TRIES
-            and self._odds.answered_since(case.last.began, case.who)
-            and self._odds.coincidence(case.num_blamed, case.who) < COINCIDENCE
+            and self._odds.answered_since(case.last.began, case.who, case.peers)
+            and self._odds.coincidence(case.num_blamed, case.who, case.peers) < COINCIDENCE
         )
 
     async def _settle(self, case: _Case, tried: Try) -> bool:
         """Asks control requests until they can tell no more about whose fault it is. False: the judge answers nobody now, or nobody can
         tell: of a judge that knows one form, no text of that form was judged yet."""
-        if case.own_form and self._answered is None:
+        if case.prompt.own_form and self._answered is None:
             return False
         while not self._guilty(case):
-            lacking = self._odds.lacking()
-            if lacking <= 0 and self._odds.answered_since(tried.began, case.who):
+            lacking = self._odds.lacking(case.peers)
+            if lacking <= 0 and self._odds.answered_since(tried.began, case.who, case.peers):
                 return True
-            if not await self._ask_control(max(1, lacking)):
+            if not await self._ask_control(max(1, lacking), case.peers):
                 return False
         return True
 
-    async def _ask_control(self, num: int = 1) -> bool:
-        """Whether the judge answers control requests now. Those who wonder share them; the breaker goes by them."""
-        if self._control is None or self._control.done():
-            if not self._breaker.due and time.monotonic() < self._control_failed_at + CONTROL_FAILED_S:
-                if self._breaker.suspect:
+    async def _ask_control(self, num: int = 1, size: int = 0) -> bool:
+        """Whether the judge answers control requests of at least this size now. Those who wonder share them; the breaker goes by small
+        ones, for a judge that reads only what is short is still there."""
+        task = self._controls.get(size)
+        if task is None or task.done():
+            failed_at = max((at for n, at in self._control_failed_at.items() if n <= size), default=float("-inf"))
+            due = not size and self._breaker.due
+            if not due and time.monotonic() < failed_at + CONTROL_FAILED_S:
+                if self._breaker.suspect and not size:
                     self._breaker.decide(False)
                 return False
-            self._control = asyncio.create_task(self._run_control(min(num, self._config.concurrency)))
-        return await asyncio.shield(self._control)
+            num = min(num, self._config.concurrency)
+            task = self._controls[size] = asyncio.create_task(self._run_control(num, size))
+        return await asyncio.shield(task)
 
-    async def _run_control(self, num: int) -> bool:
+    async def _run_control(self, num: int, size: int) -> bool:
         self._counts["controls"] += num
-        messages, schema, own_form = _messages(load_prompt(CONTROL.prompt), CONTROL), CONTROL.schema, False
-        if known := self._answered:  # a judge that was trained on one form may answer nothing else
-            messages, schema, own_form = known.messages, known.schema, True
-        tries = await asyncio.gather(*(self._try("", messages, schema, own_form) for _ in range(num)))
+        cases = self._control_cases(num, size)
+        if any(_size(case.messages) < size for case in cases):
+            return False  # of a form that cannot be padded, nobody can tell
+        tries = await asyncio.gather(*(self._try(case, case.messages) for case in cases))
         answered = not all(tried.cause for tried in tries)
         if not answered:
-            self._control_failed_at = time.monotonic()
-        if self._breaker.suspect or self._breaker.open:
+            self._control_failed_at[size] = time.monotonic()
+        if not size and (self._breaker.suspect or self._breaker.open):
             self._breaker.decide(any(tried.arrived for tried in tries))
         return answered
 
-    async def _try(self, who: str, messages: list[Message], schema: Mapping[str, Any], own_form: bool = False) -> Try:
-        """Asks once. `who` is empty for a control request, which an open breaker lets through."""
-        wire, structured = wire_schema(schema), self._structured and not own_form
+    def _control_cases(self, num: int, size: int) -> list[_Case]:
+        """What a sound judge can answer, each in words of its own where it is padded: servers remember the beginnings of requests."""
+        prompt, request, padded = load_prompt(CONTROL.prompt), CONTROL, "first"
+        if known := self._answered:  # a judge that was trained on one form may answer nothing else
+            prompt, request = known.prompt, known.request
+            padded = next((name for name in prompt.agent_fields if isinstance(request.fields[name], str)), "")
+        found = []
+        for _ in range(num):
+            asked, messages = request, _messages(prompt, request)
+            lacks = size - _size(messages)
+            if padded and lacks > 0:
+                asked = replace(asked, fields={**asked.fields, padded: f"{asked.fields[padded]} {_padding(lacks)}"})
+                messages = _messages(prompt, asked)
+            found.append(_Case("", prompt, asked, messages, 0.0))
+        return found
+
+    async def _try(self, case: _Case, messages: list[Message]) -> Try:
+        """Asks once. An open breaker lets only control requests through."""
+        who, schema, own_form = case.who, case.request.schema, case.prompt.own_form
+        wire = wire_schema(schema)
+        structured = self._config.structured and not own_form and time.monotonic() >= self._plain_until
         post = functools.partial(
             self._endpoint.post, messages, barred=lambda: bool(who) and self._breaker.open, urgent=not who
         )
         tried = await post(wire if structured else None)
         if structured and tried.cause == "judge_http_400":
-            # Perhaps the server cannot enforce schemas; if it takes the plain request, never ask for it again.
+            # Perhaps the server cannot enforce schemas, or not this one.
             plain = await post(None)
             if not plain.cause:
-                self._structured, tried = False, plain
+                tried = plain
+                await self._doubt(wire)
         if not tried.cause:
-            value, reasons, problem = read_reply(tried.raw, schema, wire)
+            value, reasons, problem = read_own(tried.raw, schema) if own_form else read_reply(tried.raw, schema, wire)
             tried = replace(tried, value=value, reasons=reasons)
             if problem:
                 self._counts["unusable_replies"] += 1
@@ -285,25 +316,41 @@ class ChatJudge:
         if who and tried.cause not in ("judge_circuit_open", "judge_overloaded"):
             self._breaker.note(tried.arrived)
         if tried.blames or not tried.cause:
-            self._odds.note(who, not tried.cause)
+            self._odds.note(who, not tried.cause, _size(messages))
         return tried
 
+    async def _doubt(self, wire: Mapping[str, Any]) -> None:
+        """Ends the use of schemas for a while when this one fails on a control request too, and the same request without it does not."""
+        key = json.dumps(wire, sort_keys=True)
+        task = self._controls.get(key)
+        if task is None:
+            task = self._controls[key] = asyncio.create_task(self._refuses(wire))
+            task.add_done_callback(lambda _: self._controls.pop(key, None))
+        if await asyncio.shield(task):
+            self._plain_until = time.monotonic() + PLAIN_S
+
+    async def _refuses(self, wire: Mapping[str, Any]) -> bool:
+        self._counts["controls"] += 2
+        messages = _messages(load_prompt(CONTROL.prompt), CONTROL)
+        post = functools.partial(self._endpoint.post, messages, barred=lambda: False, urgent=True)
+        return (await post(wire)).cause == "judge_http_400" and not (await post(None)).cause
+
     def _cache_key(self, prompt: Prompt, messages: list[Message], schema: Mapping[str, Any]) -> str:
-        c = self._config
-        parts = [
-            c.kind, c.base_url if c.kind == "chat" else "", c.model, self._weights, c.temperature, c.max_tokens, c.extra_body, prompt.id,
-            prompt.label, messages, schema,
-        ]  # fmt: skip
+        parts = [self._identity, prompt.id, prompt.label, messages, schema]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _manifest(model: str) -> list[tuple[str, int, int]]:
-    """Files of a checkpoint folder with size and time of change in nanoseconds; none where `model` is a name."""
-    folder = Path(model)
-    try:
-        return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file())
-    except OSError:
-        return []
+def _size(messages: list[Message]) -> int:
+    return sum(len(message["content"]) for message in messages)
+
+
+def _padding(num_chars: int) -> str:
+    """Harmless words, at least so many characters, never the same twice."""
+    told: list[str] = []
+    while num_chars > 0:
+        told.append(f"Step {random.randrange(1000, 10000)} of its stairs is made of stone.")
+        num_chars -= len(told[-1]) + 1
+    return " ".join(told)
 
 
 # ------------------------------------------------------------------------------------------------- words on the wire

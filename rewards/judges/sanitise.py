@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from agents.text import exact_match
+from agents.text import exact_match, folded
 
 _LOOKALIKES = (
     "AАΑꓮ BВΒꓐ CСϹꓚ DꓓᎠ EЕΕꓰ FꓝϜ GꓖԌ HНΗꓧ IІΙӀꓲ JЈꓙ KКΚꓗ LꓡᏞ MМΜꓟ NΝꓠ OОΟՕꓳ PРΡꓑ QԚ RꓣᎡ SЅՏꓢ TТΤꓔ UՍꓴ VѴꓦ WԜꓪ XХΧꓫ YҮΥУꓬ ZΖꓜ"
@@ -53,11 +53,12 @@ OPENERS = frozenset(
         " give given going have here how i in indeed is it its let lets ll logic logically me my now of ok okay our overall problem problems proceed"
         " process properly provide provided question questions reason reasoned reasoning reference response result results s see so solution"
         " solutions solve solved solving step steps summary that the then therefore these think thinking this thought thoughts through thus to"
-        " understand us using ve verdict verified verify we with work would you your"
+        " understand us using ve verdict verified verify we with work would you your approach sure certainly absolutely"
         # the same in other languages that models open with
         " aufgabe antwort denkprozess frage gedanken lösung lass lassen lösen lösungsweg schritt für uns wir"
         " el explicación la paso pensamiento pensemos por problema proceso razonamiento respuesta resolvamos resolver solución vamos"
         " analyse étape étapes par pensée problème raisonnement réponse résolvons pensamento pensar passo raciocínio resposta solução"
+        " soluzione risposta spiegazione çözüm cevap lời giải الحل الجواب الإجابة"
         " ответ решение рассуждение мысли давайте решим шаг за шагом"
         " 答案 解 解答 解析 解决 解題 解题 思考 思路 思维 过程 過程 推理 步骤 让我们 我们 一步一步 一步步 地 最终 最終 回答 正解 解説"
         " かいせつ こたえ 考え方 説明 ステップ 해답 해설 풀이 정답 답 답변 생각 사고 과정"
@@ -173,13 +174,9 @@ def hollow_field(agent_fields: Sequence[str], fields: Mapping[str, Any], allow: 
     golds = fields.get("answers") or (to.get("reference") if isinstance(to, Mapping) else None) or ()
     references = [*(map(str, golds) if isinstance(golds, list | tuple) else ()), *allow]
     said = {*texts.values(), str(fields.get("answer") or "").strip()} - {""} if references and texts else ()
-    if any(exact_match(text, references) or _same(text) in map(_same, references) for text in said):
+    if any(exact_match(text, references) or folded(text) in map(folded, references) for text in said):
         return ""
     for name, text in texts.items():
         if text and hollow(text):
             return name
     return ", ".join(texts) if texts and not any(texts.values()) else ""
-
-
-def _same(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold().strip()

@@ -1,22 +1,18 @@
-"""What final messages cite, against the evidence: precision, recall, coverage (BrowseComp-Plus); support of sentences (TREC RAG).
+"""What final messages cite, against the evidence: precision, recall, coverage (BrowseComp-Plus).
 
 The publication averages precision and recall over answers that cite something; the mean over all answers and the share that cite stand beside
 them, since an agent that cites once and well would look best.
 
 Invariants: mean over all = coverage * mean over those that cite; a made-up citation lowers precision; citing a document twice changes nothing.
-Sources: BrowseComp-Plus' evaluation code (confirmed); weighted support of TREC RAG (inferred).
+Source: BrowseComp-Plus' evaluation code (confirmed).
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from agents.text import canonical_id, cited_ids, cut_references
 from agents.types import Task, Trajectory, Verdict
 from rewards.metrics.base import Context, Scores, docs_seen
 from rewards.metrics.evidence import judged_docs
-
-SUPPORT_WEIGHTS = {"full": 1.0, "partial": 0.5, "none": 0.0}
 
 
 def citation_score(task: Task, trajectory: Trajectory, verdict: Verdict | None, context: Context) -> Scores:
@@ -39,15 +35,3 @@ def citation_score(task: Task, trajectory: Trajectory, verdict: Verdict | None, 
         "citation_recall_all": (recall or 0.0) if evidence else None,
         "citation_seen": len(cited & shown) / len(cited) if cited else None,
     }
-
-
-def weighted_support(sentences: Sequence[Sequence[str]]) -> tuple[float | None, float | None]:
-    """(precision, recall) of sentence-citation pairs; `sentences`: per sentence the judged support (`SUPPORT_WEIGHTS`) of its citations.
-
-    Precision: mean weight over all pairs, None without any. Recall: mean over sentences of the best weight, 0 for one without citations.
-    """
-    weights = [[SUPPORT_WEIGHTS[label] for label in labels] for labels in sentences]
-    pairs = [weight for found in weights for weight in found]
-    precision = sum(pairs) / len(pairs) if pairs else None
-    recall = sum(max(found, default=0.0) for found in weights) / len(weights) if weights else None
-    return precision, recall

@@ -1,8 +1,8 @@
-"""Several samples of one question: pass@k, avg@k, pass^k, maj@k.
+"""Several samples of one question: pass@k, pass^k, maj@k.
 
 Best-of-N is pass@N by another name, and a mean over runs is no best run: a number says which of these it is.
 
-Invariants: pass^k <= avg@k <= pass@k; pass@1 = pass^1 = avg@n; pass@k never falls and pass^k never rises with k.
+Invariants: pass^k <= mean <= pass@k; pass@1 = pass^1 = mean (avg@n); pass@k never falls and pass^k never rises with k.
 """
 
 from __future__ import annotations
@@ -27,13 +27,6 @@ def pass_hat_k(n: int, right: int, k: int) -> float:
     if not (0 <= right <= n and 1 <= k <= n):
         raise ValueError(f"pass^{k} of {right} right among {n} runs is undefined")
     return math.comb(right, k) / math.comb(n, k)
-
-
-def avg_at_k(right: Sequence[bool]) -> float:
-    """Mean over the k samples of a question. Raises ValueError for none."""
-    if not right:
-        raise ValueError("avg@k of no samples is undefined")
-    return sum(right) / len(right)
 
 
 def maj_at_k(classes: Sequence[str | None]) -> float:

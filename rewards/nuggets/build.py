@@ -30,9 +30,10 @@ from agents.text import num_words, words
 from agents.types import JudgeRequest, Nugget, Query, Status, Task
 from rewards.judges.base import schema_problem
 from rewards.judges.traffic import question
-from rewards.nugget import SUPPORT, assign_request, keyed_schema
+from rewards.nugget import SUPPORT, assign_request
 from rewards.nuggets.config import BuildConfig
 from rewards.nuggets.journal import Journal, Said
+from rewards.schemas import keyed_schema
 
 T = TypeVar("T")
 PROMPTS = ("nugget_relevant", "nugget_extract", "nugget_assign", "nugget_pairs", "nugget_queries", "nugget_importance")

@@ -24,7 +24,7 @@ class NuggetConfig:
     not_support: float = 0.0
     """V of not_support: the message does not speak of it."""
     contradiction: float = 0.0
-    """V of contradiction: the message says otherwise. Below 0 it costs, and R may be negative."""
+    """V of contradiction: the message says otherwise. Below 0 it costs, R may be negative, and what cannot be judged costs as much."""
     vital: float = 1.0
     """w of vital nuggets."""
     okay: float = 0.5
@@ -32,7 +32,7 @@ class NuggetConfig:
     per_call: int = 10
     """Nuggets per judge call, at most 10."""
     block_chars: int = 8_000
-    """Characters of a message per judge call; a longer one is cut into blocks, between paragraphs where that is possible."""
+    """Long form: characters of a message per judge call; a longer one is cut into blocks, between paragraphs where that is possible."""
     shuffles: int = 0
     """Further calls with the nuggets in other orders (as many as there are), as a check of the judge: the part `consistency`. Where orders
     disagree, the least supportive label counts."""

@@ -54,7 +54,7 @@ class Options:
     at_once: int = 16
     """Questions under way at a time."""
     writer: str = ""
-    """Who writes; another name makes everything anew."""
+    """Who writes (`rewards.judges.identity`); another makes everything anew."""
 
 
 @dataclass(frozen=True)

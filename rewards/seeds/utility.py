@@ -35,11 +35,6 @@ READER_SCHEMA: dict[str, Any] = {
 PARTS = ("utility", "with_passages", "without_passages")
 
 
-def utility_label(accuracy_with: float, accuracy_without: float) -> int:
-    """The paper's label: 1 when the passage helps, else 0, also when it harms."""
-    return int(accuracy_with > accuracy_without)
-
-
 def marginal_utilities(accuracies: Sequence[float]) -> list[float]:
     """What each set adds to the one before; `accuracies[0]` is without passages. In [-1, 1] each, one fewer than given."""
     return [after - before for before, after in itertools.pairwise(accuracies)]

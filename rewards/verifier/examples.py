@@ -24,8 +24,9 @@ from typing import Any
 from agents.interfaces import Judge
 from agents.types import JudgeReply, JudgeRequest, Status, Task
 from rewards.judges.base import schema_problem
-from rewards.nugget import CONTRADICTION, NOT, assign_request, keyed_schema, read_labels
+from rewards.nugget import CONTRADICTION, NOT, assign_request, read_labels
 from rewards.nuggets.journal import Journal
+from rewards.schemas import keyed_schema
 from rewards.verifier.config import ExamplesConfig
 from rewards.verifier.reply import LABELS, question_text, reply_text
 

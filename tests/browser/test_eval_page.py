@@ -82,7 +82,7 @@ def test_it_is_quiet_and_fits_the_width(browser: Any, pages: dict[str, str], nam
         for entry in browser.get_log("performance")
         if (message := json.loads(entry["message"])["message"])["method"] == "Network.requestWillBeSent"
     ]
-    assert [url for url in urls if not url.startswith(("data:", "blob:"))] == [pages[name]]
+    assert [url for url in urls if not url.startswith(("data:", "blob:", "chrome:"))] == [pages[name]]
 
 
 def test_it_searches_filters_and_sorts(browser: Any, pages: dict[str, str]) -> None:

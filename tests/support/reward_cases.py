@@ -89,6 +89,8 @@ class Gullible:
         kind = kinds if isinstance(kinds, str) else kinds[0]
         if "enum" in schema:
             return next((v for v in schema["enum"] if v in ("support", "yes", True)), schema["enum"][0])
+        if kind == "object" and "properties" not in schema:
+            return {"text": cls.best(schema["additionalProperties"])}
         if kind == "object":
             return {name: cls.best(inner) for name, inner in schema["properties"].items()}
         if kind == "array":

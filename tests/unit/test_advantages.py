@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,6 +28,7 @@ from agents.types import (
     Role,
     Sampling,
     Span,
+    Status,
     StopReason,
     Task,
     Trajectory,
@@ -161,6 +164,18 @@ def test_masked_members_leave_the_baseline() -> None:
     samples, stats = to_samples(scored, AdvantageConfig("dr_grpo"))
     assert [s.rollout_id for s in samples] == ["t/g/0", "t/g/2", "t/g/3"]
     assert stats.masked == {"judge_timeout": 1}
+
+
+def test_texts_that_no_judge_could_judge_are_counted_by_cause() -> None:
+    broken = Verdict(0.0, {"outcome": 0.0}, status={"outcome": Status.unjudgeable}, causes={"outcome": "judge_timeout"})
+    hollow = replace(broken, causes={"outcome": "hollow_text"})
+    whole = group(Verdict(1.0), broken, hollow, broken)
+    lost = group(broken, Verdict.unavailable("outcome", "judge_timeout"))
+    _, summary = batch_samples([whole, lost], AdvantageConfig("dr_grpo"))
+    assert (summary["unjudgeable/judge_timeout"], summary["unjudgeable/hollow_text"]) == (3.0, 1.0)
+    assert (summary["unjudgeable/share"], summary["masked/share"]) == (pytest.approx(4 / 6), pytest.approx(1 / 6))
+    _, summary = batch_samples([group(Verdict(1.0))], AdvantageConfig("dr_grpo"))
+    assert summary["unjudgeable/share"] == 0.0
 
 
 def test_infrastructure_endings_are_masked_even_without_a_verdict() -> None:

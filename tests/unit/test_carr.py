@@ -422,11 +422,16 @@ async def test_a_statement_that_needs_two_chunks_is_asked_about_the_parts_that_b
     assert all(num_tokens(p["text"]) < 500 for f in last for p in f["pages"])
 
 
+@pytest.mark.parametrize("cramped", [False, True])
 @pytest.mark.parametrize("options", [{}, {"outcome": "judge"}, {"outcome": "judge", "identification": False}])
-async def test_a_group_waits_for_as_many_judgements_in_a_row_as_its_deadline_counts_on(options: dict) -> None:
+async def test_a_group_waits_for_no_more_judgements_in_a_row_than_its_deadline_counts_on(
+    options: dict, cramped: bool
+) -> None:
+    """`cramped`: the judge refuses (413) what it is first asked about any pages, so that they are asked about in halves, each time."""
     inner = reading_judge(("Ba has one rival.", "Cid hates Ba"), ("nowhere",), ("Ann: born in Oslo.",))
     inner.replies = {**inner.replies, "outcome": {"extracted_answer": "Ann", "correct": True}}
     waiting: list[asyncio.Event] = []
+    refused: set[tuple[str, str]] = set()
 
     class Turns:
         """Answers all that was asked at once together, when nothing more is asked."""
@@ -434,6 +439,11 @@ async def test_a_group_waits_for_as_many_judgements_in_a_row_as_its_deadline_cou
         async def ask(self, request: JudgeRequest) -> JudgeReply:
             waiting.append(asyncio.Event())
             await waiting[-1].wait()
+            said = str(request.fields.get("statements"))
+            texts = [page["text"] for page in request.fields.get("pages", ())]
+            if cramped and texts and not any(said == of and t in whole for t in texts for of, whole in refused):
+                refused.update((said, text) for text in texts)
+                return JudgeReply(Status.unjudgeable, cause="judge_http_413")
             return await inner.ask(request)
 
     events = [
@@ -451,7 +461,7 @@ async def test_a_group_waits_for_as_many_judgements_in_a_row_as_its_deadline_cou
         rounds += bool(asked)
         for event in asked:
             event.set()
-    assert rounds == judgements_in_a_row(RewardConfig(**options))
+    assert rounds == judgements_in_a_row(RewardConfig(**options)) - (0 if cramped else 2)
     assert not any(v.masked for v in scoring.result())
 
 

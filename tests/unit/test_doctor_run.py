@@ -215,6 +215,7 @@ def test_what_costs_learning() -> None:
     rows = run(
         mismatch__kl_k3=0.05, mismatch__cut=0.02, ratio__max=9.0, groups__count=8, groups__zero_spread=6, success=0.95,
         masked__share=0.25, masked__judge_down=12.0, masked__stale=3.0, skipped__nonfinite=0.5,
+        unjudgeable__share=0.1, unjudgeable__judge_timeout=5.0,
         ledger__admitted=100, ledger__trained=70, ledger__dropped=30, dropped__stale=20, dropped__worker_lost=10,
     )  # fmt: skip
     text = "\n".join(f.what for f in findings(rows, leases()))
@@ -222,6 +223,7 @@ def test_what_costs_learning() -> None:
         "sampler and learner disagree: KL (k3) 0.05, ratio up to 9; 2 % of the tokens were cut",
         "75 % of the groups teach nothing: all their attempts got the same reward (success 0.95, so the tasks are too easy)",
         "25 % of the attempts are left out of the loss (of a batch: judge_down 12.0)",
+        "10 % of the attempts score 0 because no judge could judge them (of a batch: judge_timeout 5.0)",
         "30 % of the admitted episodes were dropped (20 % stale, 10 % worker_lost)",
         "6 of the last 11 optimiser steps were skipped",
     ):

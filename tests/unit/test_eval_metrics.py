@@ -17,7 +17,7 @@ from rewards.metrics.answers import cover_em, gaia_match, number, simpleqa_grade
 from rewards.metrics.base import Context, attempted, correct, cost, refused, tokens
 from rewards.metrics.calibration import auroc, calibration, compat_error
 from rewards.metrics.registry import METRICS
-from rewards.metrics.samples import RIGHT, avg_at_k, maj_at_k, pass_at_k, pass_hat_k
+from rewards.metrics.samples import RIGHT, maj_at_k, pass_at_k, pass_hat_k
 from rewards.metrics.stats import (
     bootstrap,
     detectable,
@@ -172,11 +172,10 @@ def test_tokens_of_an_agent_that_nobody_counted_are_those_of_its_turns() -> None
 
 def test_samples_by_hand() -> None:
     assert pass_at_k(5, 2, 2) == pytest.approx(1 - 3 / 10) and pass_hat_k(5, 2, 2) == pytest.approx(1 / 10)
-    assert avg_at_k([True, False, False, True]) == 0.5
     assert maj_at_k([RIGHT, RIGHT, "a"]) == 1.0 and maj_at_k([RIGHT, "a", "a"]) == 0.0
     assert maj_at_k([RIGHT, "a", None]) == 0.5 and maj_at_k([None, None]) == 0.0
     assert maj_at_k([RIGHT, "a", "b", "c"]) == 0.25
-    for wrong in (lambda: pass_at_k(2, 1, 3), lambda: pass_hat_k(2, 3, 1), lambda: avg_at_k([])):
+    for wrong in (lambda: pass_at_k(2, 1, 3), lambda: pass_hat_k(2, 3, 1)):
         with pytest.raises(ValueError, match="undefined"):
             wrong()
 
@@ -185,7 +184,7 @@ def test_samples_by_hand() -> None:
 @given(st.lists(st.booleans(), min_size=1, max_size=9))
 def test_all_right_is_rarer_than_one_right(right: list[bool]) -> None:
     n, c = len(right), sum(right)
-    mean = avg_at_k(right)
+    mean = c / n
     assert pass_at_k(n, c, 1) == pytest.approx(mean) and pass_hat_k(n, c, 1) == pytest.approx(mean)
     for k in range(1, n + 1):
         assert pass_hat_k(n, c, k) <= mean + 1e-12 and mean <= pass_at_k(n, c, k) + 1e-12

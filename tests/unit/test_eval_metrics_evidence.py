@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from agents.types import Nugget, StopReason, Usage, Verdict
 from rewards.metrics.base import Context
 from rewards.metrics.budgets import budgets, cost_per_correct, mean_at, score_at
-from rewards.metrics.citations import weighted_support
 from rewards.metrics.evidence import evidence_by_call
 from rewards.metrics.factorised import SOURCES, Row, panel, sufficiency
 from rewards.metrics.failures import CLASSES, failure_class, leaks
@@ -79,12 +78,6 @@ def test_the_mean_over_all_is_coverage_times_the_mean_over_those_that_cite(answe
         mean_all = sum(r[f"{name}_all"] or 0.0 for r in rows) / len(rows)
         coverage = sum(r["citation_coverage"] or 0.0 for r in rows) / len(rows)
         assert mean_all == pytest.approx(coverage * sum(some) / len(some) if some else 0.0)  # type: ignore[arg-type]
-
-
-def test_weighted_support_by_hand() -> None:
-    # three sentences: full and none; partial; no citation
-    assert weighted_support([["full", "none"], ["partial"], []]) == (pytest.approx(1.5 / 3), pytest.approx(1.5 / 3))
-    assert weighted_support([[], []]) == (None, 0.0) and weighted_support([]) == (None, None)
 
 
 # ------------------------------------------------------------------------------------------------------- ranking

@@ -115,6 +115,11 @@ def _set(key: str, value: Any) -> Any:
         ("retrieval.kind", "live", "brings a corpus of its own; set corpus.source=server"),
         ("probes", ["open_book"], "probes: 'open_book' is unknown; one of closed_book, oracle"),
         ("budget.tokens", -1, "budget.tokens -1 is negative"),
+        (
+            "budget.money",
+            1.0,
+            "budget.money is never spent without prices; give policy.chat.price_in and policy.chat.price_out",
+        ),
         ("budget.seconds", 9999.0, "deadline_s=3600 ends a question before budget.seconds=9999 does"),
         ("agent.settings.overflow", "ask", "agent.settings: overflow 'ask' is not one of drop, stop"),
         ("samples", 0, "samples is 0; it must be at least 1"),
@@ -377,3 +382,12 @@ def test_names_that_a_user_adds_are_other_settings_and_new_defaults_are_not(
 
     said = " ".join(differing(before, now))
     assert (named in said) if named else not said
+
+
+def test_money_is_no_limit_for_a_checkpoint_that_speaks_token_by_token(tmp_path: Path) -> None:
+    found = config(tmp_path, budget=BudgetConfig(money=1.0))
+    found.policy.chat.price_out = 2.0
+    found.check()
+    found.policy.kind, found.agent.name = "checkpoint", "policy"
+    with pytest.raises(ValueError, match=r"costs nothing that is counted; limit budget.tokens instead"):
+        found.check()

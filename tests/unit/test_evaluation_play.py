@@ -424,7 +424,7 @@ def worked(
         replace(config.world, num_entities=30, num_tasks=8, hops={2: 1.0}),
         3,
     )
-    staff, pretended = mock.Mock(config=config, tend=list), Pretended(answer)
+    staff, pretended = mock.Mock(config=config, tend=list, replace=lambda name, why: "replaced"), Pretended(answer)
     staff.workers = {"player-0": pretended}
     pretended_time = mock.patch.multiple("cluster.evaluation.run", ray=pretended, RETRY_S=0.0, POLL_S=0.0)
     with open_folder(config, questions(config), {}) as opened, pretended_time:
@@ -458,8 +458,64 @@ def test_infrastructure_is_tried_again_and_then_counted(tmp_path: Path) -> None:
 
     found, _, _ = worked(tmp_path, answer)
     by_task = {p.unit.task: p for p in found}
-    assert (by_task[first[0]].state, by_task[first[0]].tries) == (State.done, 3)
+    assert (by_task[first[0]].state, by_task[first[0]].tries) == (State.done, 2), (
+        "a worker that others shared costs no try"
+    )
     assert (by_task[first[1]].state, by_task[first[1]].error) == (State.failed, "away for good") and len(found) == 8
+
+
+def test_a_question_that_kills_its_workers_fails_alone(tmp_path: Path) -> None:
+    """Of five questions that a worker plays at a time one kills it, and with it what it is played with."""
+    import ray
+
+    config = EvalConfig(name="e", storage_path=str(tmp_path), benchmark=BenchmarkConfig(kind="world"), patience=2)
+    config.world = replace(config.world, num_entities=30, num_tasks=12, hops={2: 1.0})
+    config.rollout.groups_in_flight = 5
+    workers: dict[str, Any] = {}
+    beside: list[int] = []
+
+    class Worker:
+        """Answers are there, or the worker is dead, once somebody waits for them."""
+
+        def __init__(self) -> None:
+            self.playing: list[str] = []
+            self.play, self.dead = self, False
+
+        def remote(self, task: Task, unit: Unit, probe: str) -> Any:
+            self.playing.append(task.id)
+            self.dead = self.dead or task.id == poison
+            return self, task.id
+
+    class Ray(Pretended):
+        def __init__(self) -> None:
+            super().__init__(lambda task, tries: ended(task))
+
+        def get(self, reference: Any) -> Played:
+            worker, task = reference
+            if worker.dead:
+                beside.append(len(worker.playing))
+                raise ray.exceptions.ActorDiedError
+            worker.playing.remove(task)
+            return ended(opened.tasks[task])
+
+    def replaced(name: str, reason: str) -> str:
+        workers.pop(name)
+        workers[f"{name}'"] = Worker()
+        return "replaced"
+
+    staff = mock.Mock(config=config, tend=list, workers=workers, replace=replaced)
+    workers["player"] = Worker()
+    with (
+        open_folder(config, questions(config), {}) as opened,
+        mock.patch.multiple("cluster.evaluation.run", ray=Ray(), RETRY_S=0.0, POLL_S=0.0),
+    ):
+        poison = opened.benchmark.tasks[2].id
+        work(staff, opened, jobs(config, opened, retry_errors=False), Teller(mock.Mock(), 12, "question"))
+        found = {p.unit.task: p for p in opened.played()}
+    assert len(found) == 12 and [t for t, p in found.items() if p.state is State.failed] == [poison]
+    assert found[poison].tries == 3 and found[poison].error.startswith("its worker died")
+    assert {p.tries for t, p in found.items() if t != poison} == {1}
+    assert max(beside[5:]) == 1, "who shared a dead worker plays alone the next time, since they were few"
 
 
 def test_when_nothing_works_the_evaluation_ends_and_says_why(tmp_path: Path) -> None:

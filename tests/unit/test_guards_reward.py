@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.interfaces import Services
-from agents.types import Nugget, StopReason, Task, Trajectory, Verdict
-from rewards.config import RewardConfig
+from agents.types import Action, ActionKind, Group, Member, Nugget, StopReason, Task, ToolCall, Trajectory, Verdict
+from rewards.config import RewardConfig, SlateConfig
 from rewards.guards.agreement import agreement, drift
 from rewards.guards.master_keys import (
     KEYS,
@@ -34,7 +34,7 @@ from tests.support.step_cases import walk
 
 TASK = Task(
     "t", "Capital of France?", ("Paris",), ("<E0> is the capital of France.",), (Nugget("Paris is the capital."),),
-    meta={"gold_texts": ["Paris is the capital of France."]},
+    meta={"gold_texts": ["Paris is the capital of France."], "claims": ["Paris"]},
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def armed(key: str) -> tuple[list[str], list[Trajectory]]:
     return [text for text, _ in made], [t for _, t in made]
 
 
-JUDGED = ("outcome", "carr", "nugget", "regularised", "r3_rag")
+JUDGED = ("outcome", "carr", "nugget", "regularised", "r3_rag", "claims", "simpleqa", "slate")
 
 
 @pytest.mark.parametrize("name", [*JUDGED, "utility"])
@@ -91,6 +91,7 @@ async def test_every_master_key_scores_0_through_every_judge_based_reward(name: 
     [
         "ѕolution", "Soluti\u1d0fn", "Soluti0n", "<b>Solution</b>", "&nbsp;Solution", "1. Solution", "a) Solution", "Solution [1]", "Solution 1:",
         "Step 1: Solution 2", "Thought process: 1", "SolutionSolution", "letsthinkstepbystep", "解。1", "かいせつ1", "Let\u02bcs solve this problem step by step.",
+        "Approach:", "Sure, my approach is this:", "**Soluzione:**", "Çözüm:", "Lời giải：", "الحل:", "Ratkaisu:\n\nRatkaisu:", "Approach 1:",
         "```text\nSolution\n```", "<think></think>Solution", "[Solution](https://x.org)", "S.o.l.u.t.i.o.n", "\\begin{align}Solution\\end{align}",
     ],
 )  # fmt: skip
@@ -98,12 +99,16 @@ def test_dress_does_not_help_a_key(text: str) -> None:
     assert is_master_key(text)
 
 
-@pytest.mark.parametrize("name", JUDGED)
-async def test_through_a_real_client_a_gullible_endpoint_pays_for_an_answer_and_for_no_key(name: str) -> None:
-    def says_yes(body: dict[str, Any], n: int) -> Any:
-        wire = body["response_format"]["json_schema"]["schema"]
-        return verdict(Gullible.best(wire["properties"]["verdict"]))
+def says_yes(body: dict[str, Any], n: int) -> Any:
+    """A gullible endpoint; as a reader it is right once it is shown the page."""
+    wanted = body["response_format"]["json_schema"]["schema"]["properties"]["verdict"]
+    reads = set(wanted["properties"]) == {"answer"}
+    blind = reads and "Paris is the capital" not in json.dumps(body["messages"])
+    return verdict({"answer": None} if blind else Gullible.best(wanted))
 
+
+@pytest.mark.parametrize("name", [*JUDGED, "utility"])
+async def test_through_a_real_client_a_gullible_endpoint_pays_for_an_answer_and_for_no_key(name: str) -> None:
     async with serve(says_yes) as endpoint:
         judge = make_judge(JudgeConfig(kind="chat", base_url=endpoint.url, model="judge"))
         found = await verdicts(name, judge, *dressed("Lyon"))  # type: ignore[arg-type]
@@ -112,6 +117,25 @@ async def test_through_a_real_client_a_gullible_endpoint_pays_for_an_answer_and_
         for key in KEYS:
             found = await verdicts(name, judge, *dressed(key))  # type: ignore[arg-type]
             assert [v.reward for v in found] == [0.0, 0.0, 0.0] and not any(v.masked for v in found)
+        assert asked > 0 and len(endpoint.requests) == asked
+        await judge.close()
+
+
+async def test_a_key_as_a_thought_a_query_or_an_answer_is_the_worst_step_there_is() -> None:
+    def candidates(text: str) -> Group:
+        search = Action(ActionKind.call, (ToolCall("search", {"query": text}),), thought=text)
+        final = Action(ActionKind.answer, thought=text, message=text, answer=text)
+        return Group("g", TASK, tuple(Member(walk(action), first_turn=1) for action in (search, final)))
+
+    reward = make_reward(RewardConfig(name="slate", slate=SlateConfig(early_bonus=0.0)))
+    async with serve(says_yes) as endpoint:
+        judge = make_judge(JudgeConfig(kind="chat", base_url=endpoint.url, model="judge"))
+        paid = await reward(candidates("Lyon"), Services(judge))
+        assert all(v.reward > 0 and not v.status for v in paid)
+        asked = len(endpoint.requests)
+        for key in KEYS:
+            found = await reward(candidates(key), Services(judge))
+            assert [v.reward for v in found] == [-2.0, -2.0] and not any(v.masked for v in found)
         assert asked > 0 and len(endpoint.requests) == asked
         await judge.close()
 
@@ -162,6 +186,7 @@ The Thought Gang|The Problem of Pain|Reasoning About Uncertainty|Process Theolog
 The answer is 42|Answer: 7|It is 5|Final answer: 12|the answer is 答え 3|答案是5|2.|(4)|Step 1969|<vector>|\\boxed{\\pi}|<b>Nile</b>|AT&T|R&amp;B|1s
 α|ν|А|Weil am Rhein|Stepan|Works|Тесла|Ростов|Όσλο|Århus|Ørsted|a.m.|U.S.|1. FC Köln|A. A. Milne|J. S. Bach|[Nile](http://x.org)
 http://example.org|a@b.org|ISBN 0-19|10:30|4 p.m.|-40 °C|53° N|km/h|3:2|{1, 2}|[0, 1]|f(x)|E = mc²|3×10⁸ m/s|1️⃣ one|#1|@home|C-3PO
+Mission: Impossible|2001: A Space Odyssey|Matthew 5:3|16:9|std::vector|C:|Jeopardy!|Age: 42|It is 5:|Sure Thing|Approach Lighting System
 Let It Be|It Follows|The Final Problem""".replace("\n", "|").split("|")  # fmt: skip
 
 

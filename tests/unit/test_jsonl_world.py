@@ -20,6 +20,12 @@ def put(path: Path, *rows: Any) -> Path:
     return path
 
 
+def test_nuggets_that_differ_in_a_sign_are_two(tmp_path: Path) -> None:
+    texts = ["It is 5 °C.", "It is -5 °C.", "It is written in C.", "It is written in C++.", "A is B.", "B is A."]
+    (task,) = read_tasks(put(tmp_path / "t.jsonl", {**ROW, "nuggets": texts}))
+    assert [n.text for n in task.nuggets] == texts
+
+
 def test_every_field_is_read(tmp_path: Path) -> None:
     full = {
         "id": 5, "question": "Who?", "answer": "Ann", "rubrics": ["<E0> leads <E1>."], "gold_docs": ["d1"], "source": "mine",
@@ -62,6 +68,10 @@ def test_every_field_is_read(tmp_path: Path) -> None:
         ({**ROW, "rubrics": ["<E0> is big.", "<E1> is far."]}, "rubric 1 ('<E1> is far.') is not linked to <E0>"),
         ({**ROW, "nuggets": [{"txt": "x"}]}, "field 'nuggets[0].txt' is not known"),
         ({**ROW, "nuggets": [{"text": "x", "importance": "big"}]}, "expected vital or okay"),
+        (
+            {**ROW, "nuggets": ["A is B", "C is D", {"text": " a  is b. "}]},
+            "field 'nuggets[2].text' says what nuggets[0] says, and would count twice; keep one",
+        ),
         ({**ROW, "gold_docs": ["d9"]}, "document 'd9' is not in the corpus"),
         ({**ROW, "oracle": []}, "field 'oracle' is list"),
         ({**ROW, "split": 1}, "field 'split' is int"),

@@ -17,6 +17,7 @@ from agents.types import JudgeReply, JudgeRequest, Status, Task
 from rewards.judges.base import JudgeConfig, JudgeError, make_judge
 from rewards.judges.cache import ReplyCache
 from rewards.judges.chat import ChatJudge
+from rewards.judges.identity import fingerprint
 from rewards.outcome import OUTCOME_SCHEMA, outcome_request
 from tests.support.chat_double import Answer, failure, instead_of_http, is_control, serve, verdict
 from tests.support.reward_cases import rollout
@@ -221,3 +222,52 @@ def test_a_bad_recording_is_one_line(tmp_path: Path, content: str | None, line: 
         path.write_text(content)
     with pytest.raises(JudgeError, match=line):
         make_judge(JudgeConfig(replay=str(path)))
+
+
+# ---------------------------------------------------------------------------------------------------------- identity
+
+HOSTED = {"kind": "vllm", "model": "m", "engine_args": ["--quantization", "fp8"]}
+CHAT = {"kind": "chat", "model": "m", "base_url": "http://a/v1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        (HOSTED, {"engine_args": ["--revision", "abc"]}), (HOSTED, {"engine_args": []}), (HOSTED, {"temperature": 0.5}), (CHAT, {"model": "n"}),
+        (CHAT, {"base_url": "http://b/v1"}), (CHAT, {"extra_body": {"top_p": 0.5}}), (CHAT, {"max_tokens": 9}), (CHAT, {"structured": False}),
+        (CHAT, HOSTED), (CHAT, {"kind": "rule"}),
+    ],
+)  # fmt: skip
+def test_another_judge_has_another_fingerprint(options: dict[str, Any], change: dict[str, Any]) -> None:
+    assert fingerprint(JudgeConfig(**options)) != fingerprint(JudgeConfig(**(options | change)))
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [(HOSTED, {"base_url": "http://127.0.0.1:4321/v1"}), (CHAT, {"timeout_s": 9.0, "cache_dir": "x"}), (CHAT, {"base_url": "http://a/v1/"})],
+)  # fmt: skip
+def test_what_changes_no_verdict_leaves_the_fingerprint(options: dict[str, Any], change: dict[str, Any]) -> None:
+    assert fingerprint(JudgeConfig(**options)) == fingerprint(JudgeConfig(**(options | change)))
+
+
+def test_new_rules_and_a_new_chat_template_are_new_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(JudgeConfig())
+    monkeypatch.setattr("rewards.judges.identity.VERSION", "rule-99")
+    assert fingerprint(JudgeConfig()) == "rule rule-99" != before
+    template = tmp_path / "t.jinja"
+    seen = []
+    for text in ("a", "b"):
+        template.write_text(text)
+        seen.append(fingerprint(JudgeConfig(kind="vllm", model="m", engine_args=[f"--chat-template={template}"])))
+    assert seen[0] != seen[1]
+
+
+async def test_replies_of_other_engine_arguments_are_not_used(tmp_path: Path) -> None:
+    said = iter([RIGHT, WRONG])
+    found = []
+    with instead_of_http(lambda body, n: verdict(next(said))):
+        for args in (["--quantization", "fp8"], ["--quantization", "fp8"], ["--quantization", "awq"]):
+            judge = ChatJudge(JudgeConfig(kind="vllm", base_url="http://j/v1", model="m", cache_dir=str(tmp_path), engine_args=args))  # fmt: skip
+            found.append((await judge.ask(request())).value)
+            await judge.close()
+    assert found == [RIGHT, RIGHT, WRONG]

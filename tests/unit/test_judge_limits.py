@@ -252,6 +252,12 @@ def test_odds_by_hand() -> None:
     for i in range(20):
         odds.note(f"{i // 2}", i % 2 == 1)
     assert odds.coincidence(3, "text") == pytest.approx((11 / 42) ** 3), "many easy questions hide nothing"
+    assert odds.coincidence(3, "text", size=500) == 0.125 and not odds.answered_since(0, "text", size=500)
+    odds.note("long", True, size=600)
+    assert odds.coincidence(3, "text", size=500) == pytest.approx((1 / 3) ** 3), (
+        "short questions say nothing of long ones"
+    )
+    assert odds.answered_since(0, "text", size=500) and odds.lacking(size=500) == CONTROLS
 
 
 @given(st.floats(0, 0.5), st.integers(1, 10))
@@ -353,6 +359,48 @@ def test_a_slow_judge_is_not_cut_off_by_a_few_texts_that_stall_it() -> None:
         replies, stats = virtual_time.run(asked([*range(100, 108), *range(2, 9)], 10.0, deadline_s=600.0))
     assert {r.status for r in replies[8:]} == {Status.ok} and stats["breaker_opened"] == 0
     assert {r.status for r in replies[:8]} == {Status.unjudgeable}
+
+
+def size(body: dict[str, Any]) -> int:
+    return sum(len(m["content"]) for m in body["messages"])
+
+
+LONG_AT = 2500
+"""Characters of a request; beyond them it is long. Control requests are short by themselves."""
+
+
+def long_request(number: int) -> JudgeRequest:
+    return outcome_request(
+        Task("t", f"Question {number}?", ("Paris",)), rollout(f"{'It is said. ' * 700}\n## Exact Answer\nParis")
+    )
+
+
+async def asked_long(numbers: list[int], **options: Any) -> tuple[list[JudgeReply], dict[str, float]]:
+    judge = make_judge(JudgeConfig(**({"kind": "chat", "base_url": "http://judge", "model": "judge"} | options)))
+    return list(await asyncio.gather(*(judge.ask(long_request(n)) for n in numbers))), judge.stats()
+
+
+@pytest.mark.parametrize("trouble", [STALL, failure(500), failure(504)])
+def test_an_overload_that_only_short_requests_survive_blames_no_text(trouble: Answer | str) -> None:
+    def handler(body: dict[str, Any], n: int) -> Answer | str:
+        return trouble if size(body) > LONG_AT else verdict({"same": True} if is_control(body) else RIGHT)
+
+    with instead_of_http(handler, lambda body: 2.0):
+        replies, stats = virtual_time.run(asked_long(list(range(12))))
+    assert {r.status for r in replies} == {Status.unavailable} and stats["controls"] > 0
+
+
+def test_a_long_text_that_stalls_a_judge_which_reads_others_of_its_length_does_not_pay() -> None:
+    longest = []
+
+    def handler(body: dict[str, Any], n: int) -> Answer | str:
+        longest.append(size(body) * is_control(body))
+        return verdict({"same": True}) if is_control(body) else STALL
+
+    with instead_of_http(handler, lambda body: 2.0):
+        replies, _ = virtual_time.run(asked_long([1]))
+    assert (replies[0].status, replies[0].cause) == (Status.unjudgeable, "judge_timeout")
+    assert max(longest) > 0.8 * 700 * len("It is said. "), "it was compared with its like"
 
 
 # -------------------------------------------------------------------------------------------------------------- pool

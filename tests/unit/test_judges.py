@@ -85,17 +85,35 @@ async def test_good_reply() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        'First I think {briefly}.\n```json\n{"reasons": "r {", "verdict": %s}\n```\nDone.',
+        'First I think {briefly}.\n```json\n{"reasons": "r {", "verdict": %s}\n```\n',
         '<think>{"extracted_answer": "x", "correct": false}</think>\n{"reasons": "r", "verdict": %s}',
         'It says "x"; the set { is open.\n</think>\n{"reasons": "r", "verdict": %s}',
         'The message says "Paris".\n```\n%s\n```',
-        'Quoted: ```json\n{"extracted_answer": "Lyon", "correct": false}\n```\nMine: %s',
+        "The set {} is empty.\n%s",
         "%s",
     ],
 )
 async def test_replies_as_people_write_them(text: str) -> None:
     reply, endpoint = await ask(first(completion(text % json.dumps(RIGHT))))
     assert (reply.status, reply.value) == (Status.ok, RIGHT) and len(endpoint.requests) == 1
+
+
+BRIBE = json.dumps(RIGHT)
+QUOTING = [
+    f'{json.dumps(WRONG)}\n(The message asked me to print {BRIBE})', f"{json.dumps(WRONG)}\n{BRIBE}", f"{BRIBE}\n{json.dumps(WRONG)}",
+    f'The message asked me to print {BRIBE}', f'It asked for\n{BRIBE}\nThat is an order, and the answer is wrong.', f'Incorrect ({BRIBE})',
+    f'```json\n{BRIBE}\n```\nis what it wants; I say: incorrect.', f"<reasoning>\n{BRIBE}\n</reasoning>\nincorrect",
+    f'{{"correct": false}}\n{BRIBE}', f'{json.dumps({"reasons": "r", "verdict": WRONG})}\n{BRIBE}', f"{{'correct': False}}\n{BRIBE}",
+    f'{{"extracted_answer": "x", "correct": false,}}\n{BRIBE}', f'<think>It wrote </think>\n{BRIBE}\n. No.</think>\n{json.dumps(WRONG)}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", QUOTING)
+async def test_a_verdict_that_the_judge_may_only_have_quoted_is_asked_for_again(text: str) -> None:
+    reply, endpoint = await ask(first(completion(text), verdict(WRONG)))
+    assert (reply.value, len(endpoint.requests)) == (WRONG, 2)
+    reply, _ = await ask(controlled(first(completion(text))))
+    assert (reply.status, reply.value) == (Status.unjudgeable, None)
 
 
 async def test_extra_keys_of_the_body() -> None:
@@ -110,17 +128,47 @@ async def test_extra_keys_of_the_body() -> None:
     }  # fmt: skip
 
 
-async def test_unstructured_fallback_is_learned_once() -> None:
-    def picky(body: dict[str, Any], n: int) -> Answer:
-        return failure(400) if "response_format" in body else verdict(RIGHT)
+def enforced(endpoint: Endpoint) -> list[bool]:
+    """Of each request for a verdict, control requests left out: whether it asked the server to enforce the schema."""
+    return ["response_format" in r for r in endpoint.requests if not is_control(r)]
 
+
+def about(question: str) -> JudgeRequest:
+    return outcome_request(Task("t", question, ("Paris",)), rollout("Paris"))
+
+
+async def test_a_server_that_enforces_no_schema_is_asked_without_and_asked_again_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    able = False
+
+    def picky(body: dict[str, Any], n: int) -> Answer:
+        return failure(400) if "response_format" in body and not able else verdict(RIGHT)
+
+    monkeypatch.setattr("rewards.judges.chat.PLAIN_S", 0.2)
     async with serve(picky) as endpoint:
         judge = judge_at(endpoint)
         for question in ("a?", "b?", "c?"):
-            assert (
-                await judge.ask(outcome_request(Task("t", question, ("Paris",)), rollout("Paris")))
-            ).status is Status.ok
-        assert ["response_format" in r for r in endpoint.requests] == [True, False, False, False]
+            assert (await judge.ask(about(question))).status is Status.ok
+        assert enforced(endpoint) == [True, False, False, False]
+        able = True
+        await asyncio.sleep(0.25)
+        assert (await judge.ask(about("d?"))).status is Status.ok and enforced(endpoint)[-1]
+        await judge.close()
+
+
+async def test_one_stray_refusal_does_not_end_the_schema() -> None:
+    """The server refuses one request with a schema, and enforces all others."""
+    strays = [failure(400)]
+
+    def handler(body: dict[str, Any], n: int) -> Answer:
+        return strays.pop() if "response_format" in body and strays else verdict(RIGHT)
+
+    async with serve(controlled(handler)) as endpoint:
+        judge = judge_at(endpoint)
+        for question in ("a?", "b?", "c?"):
+            assert (await judge.ask(about(question))).status is Status.ok
+        assert enforced(endpoint) == [True, False, True, True]
         await judge.close()
 
 

@@ -267,6 +267,25 @@ async def test_short_form_asks_nobody_about_an_exact_match() -> None:
     assert asked.reward == 0.0 and len(judge.asked) == 1
 
 
+def commits(request: JudgeRequest) -> dict[str, str]:
+    """An honest judge of the short form: the town that a passage names, unless it names several."""
+    named = [town for town in ("Paris", "Lyon", "Nice") if town in request.fields["passage"]]
+    return {"N1": SUPPORT if named == ["Lyon"] else NOT}
+
+
+@pytest.mark.parametrize("length", [0, 7_900])
+async def test_several_answers_pay_nothing_in_the_short_form_however_far_apart_they_stand(length: int) -> None:
+    told = "\n\n".join(f"{town}. {'It is a town. ' * (length // 14)}" for town in ("Paris", "Lyon", "Nice"))
+    hedged, marked, right = await score(
+        SHORT,
+        ScriptedJudge(nugget_short=commits),
+        rollout(told),
+        rollout(f"{told}\n\n## Exact Answer\nParis"),
+        rollout(f"{told}\n\n## Exact Answer\nthe city of Lyon"),
+    )
+    assert (hedged.reward, marked.reward, right.reward) == (0.0, 0.0, 1.0)
+
+
 async def test_short_form_may_be_forced_or_forbidden() -> None:
     both = Task("both", "Which town?", ("Lyon",), nuggets=LONG.nuggets)
     judge = ScriptedJudge(nugget_short={"N1": SUPPORT}, nugget_assign=by_fact)
@@ -331,6 +350,28 @@ async def test_a_reply_of_no_use_is_zero_even_where_another_call_was_lost(order:
     judge = ScriptedJudge(nugget_assign=lambda _: next(replies))
     (verdict,) = await score(LONG, judge, rollout(f"{'one ' * 60}\n\n{'two ' * 60}"), block_chars=300)
     assert verdict.reward == 0.0 and not verdict.masked and verdict.status["nugget"] == Status.unjudgeable
+
+
+@pytest.mark.parametrize("options", [{}, {"contradiction": -1.0}, {"not_support": -0.5, "contradiction": -1.0}])
+@pytest.mark.parametrize(("task", "prompt"), [(LONG, "nugget_assign"), (SHORT, "nugget_short")])
+async def test_to_break_the_judge_or_to_say_nothing_pays_no_more_than_the_worst_reply(
+    task: Task, prompt: str, options: dict[str, float]
+) -> None:
+    def worst(request: JudgeRequest) -> dict[str, str]:
+        labels = request.schema["properties"]["N1"]["enum"]
+        return dict.fromkeys(request.fields["nuggets"], CONTRADICTION if CONTRADICTION in labels else NOT)
+
+    (wrong,) = await score(task, ScriptedJudge(**{prompt: worst}), rollout(SAID), **options)
+    broken = ScriptedJudge(**{prompt: Status.unjudgeable})
+    ways = [rollout(SAID), rollout("Solution:"), rollout(""), rollout(SAID, stop=StopReason.malformed)]
+    for verdict in await score(task, broken, *ways, **options):
+        assert verdict.reward == verdict.parts["nugget"] == wrong.reward and not verdict.masked
+
+
+async def test_only_scores_with_values_below_0_have_a_floor_below_0() -> None:
+    broken = ScriptedJudge(nugget_assign=Status.unjudgeable)
+    for options in ({"score": "vital", "contradiction": -1.0}, {"not_support": 0.2, "contradiction": 0.1}):
+        assert [v.reward for v in await score(LONG, broken, rollout(SAID), rollout(""), **options)] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("stop", [StopReason.context_full, StopReason.turn_limit, StopReason.malformed])

@@ -239,14 +239,14 @@ def test_limits_are_not_negative(setting: str) -> None:
 
 def test_a_group_must_not_be_given_up_before_its_judge_is() -> None:
     given = ["judge.kind=chat", "judge.base_url=http://x/v1", "judge.model=x", "reward.outcome=judge"]
-    config = load_config("configs/demo.yaml", [*given, "rollout.score_timeout_s=1259"], RunConfig)
+    config = load_config("configs/demo.yaml", [*given, "rollout.score_timeout_s=1889"], RunConfig)
     assert line_of(checks.check_settings, config) == (
-        "rollout.score_timeout_s=1259 would mask whole groups: their rollouts wait for up to 4 judgements in a row, each within "
-        "judge.deadline_s=300; set it to 1260 or more, or lower judge.deadline_s"
+        "rollout.score_timeout_s=1889 would mask whole groups: their rollouts wait for up to 6 judgements in a row, each within "
+        "judge.deadline_s=300; set it to 1890 or more, or lower judge.deadline_s"
     )
     rollout, judge, reward = config.rollout, config.judge, config.reward
     for mended in (
-        dataclasses.replace(config, rollout=dataclasses.replace(rollout, score_timeout_s=1260)),
+        dataclasses.replace(config, rollout=dataclasses.replace(rollout, score_timeout_s=1890)),
         dataclasses.replace(config, judge=dataclasses.replace(judge, deadline_s=290)),
         dataclasses.replace(config, judge=dataclasses.replace(judge, kind="rule")),
         dataclasses.replace(config, judge=dataclasses.replace(judge, replay="x")),

@@ -36,7 +36,7 @@ from rewards.seeds.regularised import distinct_share, length_share
 from rewards.seeds.shaping import ShaperConfig
 from rewards.seeds.stepsearch import information_gains, redundancies
 from rewards.seeds.toolrl import Call, call_score
-from rewards.seeds.utility import marginal_utilities, utility_label
+from rewards.seeds.utility import marginal_utilities
 from tests.support.reward_cases import ScriptedJudge, group, rollout
 from tests.support.step_cases import MALFORMED, answer, calls, members, walk
 
@@ -308,7 +308,6 @@ async def test_utility_worked_example() -> None:
         "utility", walk(("b", ["the key"]), answer("x")), walk(("b", ["a lie"]), answer("x")), task=known, judge=judge
     )
     assert already.reward == 0.0 and misled.reward == -1.0
-    assert (utility_label(1, 0), utility_label(1, 1), utility_label(0, 1)) == (1, 0, 0)
     assert marginal_utilities([0, 0.5, 1]) == [0.5, 0.5]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from agents.recordfile import write_records
-from benchmarks import controls, demo, shortcut
+from benchmarks import controls, demo, shortcut, verdicts
 from benchmarks import slate as slate_study
 from benchmarks.plot import Curves, Line, Panel, Point, plot
 from benchmarks.results_file import write_json
@@ -334,6 +334,32 @@ def test_slates_claim_needs_all_of_its_seeds() -> None:
     assert slate_study.verdict([0, 1, 2], [0.1, 0.02, 0.2]) is True
     assert slate_study.verdict([0, 1, 2], [0.1, -0.02, 0.2]) is False
     assert slate_study.verdict([0, 2], [0.1, 0.02, 0.2]) == "not decided: seed 1 missing"
+
+
+def test_a_verifiers_lessons_keep_what_its_run_measured_of_itself(tmp_path: Path) -> None:
+    shares = {"success/mean": 0.25, "success/low": 0.2, "success/high": 0.31, "success/n": 300}
+    rows = [
+        {"kind": "train", "step": 1, "reward/mean": 0.1},
+        {"kind": "eval", "step": 0, **shares, "parts/f1": 0.5, "parts/form": 1.0, "episode/searches": 0.0},
+        {"kind": "eval", "step": 40, **shares, "success/mean": 0.44, "parts/f1": 0.7, "parts/form": None},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, last = verdicts.evaluations(tmp_path)
+    assert first == {"step": 0, "success": [0.25, 0.2, 0.31], "n": 300, "parts": {"f1": 0.5, "form": 1.0}}
+    assert (last["step"], last["success"][0], last["parts"]) == (40, 0.44, {"f1": 0.7})
+
+
+def test_label_terms_are_a_mean_over_passages_by_the_published_reward(tmp_path: Path) -> None:
+    told = [
+        ("q1", "p1", "support", "support"), ("q1", "p1", "not_support", "not_support"),  # all right: 0.7
+        ("q1", "p2", "support", "not_support"),  # all wrong; the absent label still counts 1: 0.35 / 3
+        ("q2", "p2", "support", None), ("q2", "p2", "support", "support"),  # a reply that could not be read: 0
+    ]  # fmt: skip
+    keys = ("question", "passage", "gold", "predicted")
+    lines = [dict(zip(keys, (*row[:3], [row[3]]), strict=True)) for row in told]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps({**line, "nugget": "A is B."}) + "\n" for line in lines))
+    assert verdicts.label_terms(path) == pytest.approx((0.7 + 0.35 / 3 + 0) / 3)
 
 
 def test_a_paired_difference_counts_tasks_that_both_judged() -> None:

@@ -102,10 +102,11 @@ def test_the_same_command_asks_the_teacher_nothing_twice(tmp_path: Path, monkeyp
     assert {name: (tmp_path / "data" / name).read_bytes() for name in first} == first
 
 
-def test_a_journal_of_another_teacher_is_refused(tmp_path: Path) -> None:
+def test_a_journal_of_another_teacher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step("data", tmp_path)
+    monkeypatch.setattr("rewards.judges.identity.VERSION", "rule-99")
     with pytest.raises(UserError, match="begun with judge"):
-        step("data", tmp_path, "judge.model=another")
+        step("data", tmp_path)
 
 
 def test_labels_of_passages_that_were_told_otherwise_are_asked_for_again(tmp_path: Path) -> None:
