@@ -1,4 +1,4 @@
-"""What the judge layer adds to a request: `python benchmarks/judge_layer.py [--rounds 6] [--requests 640]`.
+"""What the judge layer adds to a request: `python benchmarks/judge_layer.py [--rounds 6] [--requests 640] [--memory-only]`.
 
 64 requests in flight at a local endpoint in another process, which answers each after a time between half of `--delay-ms` and one
 and a half. Raw httpx and the judge (prompt from its file, data blocks, hash, cache look-up on disk, limits, breaker, reading and
@@ -7,6 +7,7 @@ checking the reply, cache write) take turns, so that a busy machine hurts both. 
 
 `added_ms`: time inside `ask` outside of the HTTP exchange, per request. `difference_ms`: percentile of the judge less that of raw httpx;
 it also holds what the layer's computing does to the HTTP client beside it. `cpu_ms`: CPU time of this process per request.
+`--memory-only` leaves the cache on disk out (its result file has `_memory` in its name).
 """
 
 from __future__ import annotations
@@ -158,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--requests", type=int, default=640, help="of each kind in a round")
     parser.add_argument("--delay-ms", type=float, default=1000.0, help="the endpoint's own time")
+    parser.add_argument("--memory-only", action="store_true", help="no cache on disk")
     parser.add_argument("--no-result", action="store_true", help="print only")
     args = parser.parse_args(argv)
     here, there = multiprocessing.Pipe()
@@ -170,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name, make in (("outcome", outcome), ("support", support)):
             with tempfile.TemporaryDirectory() as folder:
-                rows[name] = asyncio.run(measure(url, make, args.rounds, args.requests, folder))
+                cache_dir = "" if args.memory_only else folder
+                rows[name] = asyncio.run(measure(url, make, args.rounds, args.requests, cache_dir))
             print(name, rows[name], flush=True)
     finally:
         here.send("end")
@@ -185,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             **rows,
             "added_p99_ms": worst,
         }
-        write_json(RESULTS / "judge_layer.json", {**about(), **figures})
+        name = "judge_layer_memory.json" if args.memory_only else "judge_layer.json"
+        write_json(RESULTS / name, {**about(), **figures})
     return 0 if worst < LIMIT_MS else 1
 
 

@@ -216,12 +216,10 @@ def study(given: argparse.Namespace) -> int:
 
     def neutral(resolved: Resolved) -> Resolved:
         """The same config wherever runs lie, and whether or not what it begins with was made already (its name says what that is)."""
-        made_here = {k for k, v in resolved.values.items() if str(v).startswith(str(lab.storage))}
-        kept = {
-            k: _at(lab.storage, v)
-            for k, v in resolved.values.items()
-            if k.removesuffix(" sha256") not in made_here - {k}
-        }
+        kept = {key: _at(lab.storage, value) for key, value in resolved.values.items()}
+        for key, value in resolved.values.items():
+            if str(value).startswith(str(lab.storage)):
+                kept.pop(f"{key} sha256", None)
         return Resolved(kept, resolved.defaults)
 
     def verifier_run(seed: int) -> tuple[str, list[str], Resolved]:

@@ -30,7 +30,7 @@ from agents.types import ToolCall, Usage
 from cluster.errors import UserError
 from cluster.evaluation.config import ChatConfig
 from cluster.stopwatch import shown_s, standing, turn_back
-from rewards.judges.endpoint import model_names, retry_after_s
+from rewards.judges.endpoint import endpoint_problem, retry_after_s
 from rewards.judges.limits import Limits
 
 MAX_REPLY_BYTES = 16 << 20
@@ -120,24 +120,10 @@ class ChatEndpoint:
 
     async def check(self) -> None:
         """Asks the endpoint for its models. Raises UserError, one line, when it is dead, refuses the key or lacks the model."""
-        where = f"the policy's endpoint {self._config.base_url}"
-        try:
-            response = await self._client.get("models", timeout=min(10.0, self._config.timeout_s))
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise UserError(
-                f"{where} does not answer ({type(error).__name__}); start it, or set policy.chat.base_url to one that runs"
-            ) from None
-        if response.status_code in (401, 403):
-            raise UserError(
-                f"{where} refuses the key ({response.status_code}); set policy.chat.api_key_env to the variable that holds it"
-            )
-        if response.status_code >= 500:
-            raise UserError(f"{where} is in trouble (HTTP {response.status_code}); look at its log")
-        # Servers without this route are taken at their word.
-        models = model_names(response.content) if response.is_success else []
-        if models and self._config.model not in models:
-            listed = ", ".join(models[:5]) + (", ..." if len(models) > 5 else "")
-            raise UserError(f"{where} does not serve policy.chat.model {self._config.model!r}; it serves {listed}")
+        c = self._config
+        problem = await endpoint_problem(self._client, c.base_url, c.model, c.timeout_s, section="policy.chat")
+        if problem:
+            raise UserError(f"the policy's endpoint {problem}")
 
     def stats(self) -> dict[str, float]:
         """Requests, retries, tokens and cost since the start."""

@@ -130,24 +130,12 @@ class Endpoint:
 
     async def check(self) -> None:
         """Asks the endpoint for its models. Raises JudgeError, one line, when it is dead, refuses the key or lacks the model."""
-        where = f"judge endpoint {self._config.base_url}"
-        try:
-            response = await self._client.get("models", timeout=min(10.0, self._config.timeout_s))
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise JudgeError(
-                f"{where} does not answer ({type(error).__name__}); start it, or set judge.base_url to one that runs"
-            ) from None
-        if response.status_code in (401, 403):
-            raise JudgeError(
-                f"{where} refuses the key ({response.status_code}); set judge.api_key_env to the variable that holds it"
-            )
-        if response.status_code >= 500:
-            raise JudgeError(f"{where} is in trouble (HTTP {response.status_code}); look at its log")
-        # Servers without this route are taken at their word.
-        models = model_names(self._redacted(response, response.content)) if response.is_success else []
-        if models and self._config.model not in models:
-            listed = ", ".join(models[:5]) + (", ..." if len(models) > 5 else "")
-            raise JudgeError(f"{where} does not serve judge.model {self._config.model!r}; it serves {listed}")
+        c = self._config
+        problem = await endpoint_problem(
+            self._client, c.base_url, c.model, c.timeout_s, section="judge", read=self._redacted
+        )
+        if problem:
+            raise JudgeError(f"judge endpoint {problem}")
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -178,7 +166,36 @@ def _understood(response: httpx.Response, content: bytes) -> tuple[Try, int, int
         return Try("judge_bad_response"), 0, 0
 
 
-def model_names(content: bytes) -> list[str]:
+async def endpoint_problem(
+    client: httpx.AsyncClient,
+    base_url: str,
+    model: str,
+    timeout_s: float,
+    *,
+    section: str,
+    read: Callable[[httpx.Response, bytes], bytes] = lambda _, content: content,
+) -> str:
+    """Why an endpoint cannot be used for `model`, beginning with its address: dead, it refuses the key, it lacks the model. Empty when it
+    can. `section`: of the config, whose keys the line names. `read`: what of a response may be repeated."""
+    try:
+        response = await client.get("models", timeout=min(10.0, timeout_s))
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return (
+            f"{base_url} does not answer ({type(error).__name__}); start it, or set {section}.base_url to one that runs"
+        )
+    if response.status_code in (401, 403):
+        return f"{base_url} refuses the key ({response.status_code}); set {section}.api_key_env to the variable that holds it"
+    if response.status_code >= 500:
+        return f"{base_url} is in trouble (HTTP {response.status_code}); look at its log"
+    # Servers without this route are taken at their word.
+    models = _model_names(read(response, response.content)) if response.is_success else []
+    if models and model not in models:
+        listed = ", ".join(models[:5]) + (", ..." if len(models) > 5 else "")
+        return f"{base_url} does not serve {section}.model {model!r}; it serves {listed}"
+    return ""
+
+
+def _model_names(content: bytes) -> list[str]:
     try:
         return [str(item["id"]) for item in json.loads(content)["data"]]
     except (ValueError, KeyError, TypeError):

@@ -149,6 +149,14 @@ def as_parquet(rows: list[dict[str, Any]], **options: Any) -> bytes:
         ("c.jsonl.zst", zstandard.compress(LINES)),
         ("c.jsonl.zst", zstandard.compress(LINES[:40]) + zstandard.compress(LINES[40:])),
     ],
+    ids=[
+        "plain",
+        "marked",
+        "gz",
+        "gz-in-parts",
+        "zst",
+        "zst-in-parts",
+    ],  # packed bytes hold the time, and ids must be the same in every process
 )
 def test_json_lines_plain_and_packed(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
