@@ -62,7 +62,7 @@ SCENARIOS = {
     "batch of 256, own shards": (lambda gpus: FIXED, False),
     "batch of 8 per GPU": (lambda gpus: EACH * gpus, True),
 }
-"""Episodes of a batch by GPUs; whether each learner rank is sent the whole batch, as it is today."""
+"""Episodes of a batch by GPUs; whether each learner rank is sent the whole batch; a run sends each its own part."""
 LARGEST = 512
 """Episodes of a batch up to which every part is tried at twice its speed: beyond it a run takes minutes."""
 

@@ -164,7 +164,7 @@ class Layout:
     """Search servers."""
     workers: int = 2
     whole_batch: bool = True
-    """Every learner rank is sent the whole batch, as the buffer does it today; else its own shard."""
+    """Every learner rank is sent the whole batch; else its own shard, as the buffer does it."""
 
     def engines(self, a: Assumptions) -> int:
         return max(1, int((self.gpus - self.learners) // a.tensor_parallel))

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from cluster.buffer import Buffer, BufferSetup
 from cluster.errors import UserError, one_line
 from cluster.fleet import Fleet
 from cluster.judges import place as place_judges
-from cluster.layout import one_node
+from cluster.layout import learner_place, one_node
 from cluster.model import resolve
-from cluster.nodecache import at_hand, ship
-from cluster.placement import Seats, demands, labelled, reserve, unlabelled
+from cluster.nodecache import at_hand, furnish, is_place, ship, unpack
+from cluster.placement import RolePlacement, Seats, demands, labelled, reserve, unlabelled
 from cluster.retrieval_actors import LASTING, arrange, num_shards
 from cluster.rollout import Play, RolloutWorker
-from cluster.runtime import actor, sealed
+from cluster.runtime import actor, joined_address, sealed
 from cluster.schema import ProtocolConfig, RunConfig
 from cluster.services import RewardServer
 from cluster.speech import make_speech
@@ -56,12 +56,15 @@ class Actors:
         corpus_dir: str,
         segments: str = "",
         seats: Seats | None = None,
+        furnished: Collection[str] = (),
     ) -> None:
+        """`furnished`: ids of the nodes that have the index where it is one to unpack."""
         self._config = config
         self.model = engine.model
         """The policy's place, for a learner on any node (`cluster.nodecache`)."""
         self._seats = seats or Seats()
-        self._home, self._segments = nodes.here(), segments
+        self._home, self._segments, self._index = nodes.here(), segments, corpus_dir
+        self._furnished, self._furnishing = {self._home, *furnished}, dict[str, Any]()
         here = nodes.bound_to(self._home)
         self._play = play
         self._names = itertools.count()
@@ -133,6 +136,11 @@ class Actors:
         return worker.evaluate.remote(tasks, train.eval_attempts, train.eval_temperature, label, sampler)
 
     @property
+    def learner_place(self) -> RolePlacement:
+        """Where the learner may sit: beside the engines where it shares their GPUs."""
+        return learner_place(self._config, {seat.node() for seat in self._seats.of("sampler")})
+
+    @property
     def num_workers(self) -> int:
         return len(self._workers)
 
@@ -199,7 +207,20 @@ class Actors:
         """Of those that live and have the labels, the one with the fewest workers; empty: one has to join first."""
         fits = [n.id for n in nodes.living() if labelled(n, self._config.placement.rollout.labels)]
         taken = list(self._nodes.values())
-        return min(fits, key=taken.count, default="")
+        return min([n for n in fits if self._has_index(n)] or fits, key=taken.count, default="")
+
+    def _has_index(self, node: str) -> bool:
+        """Whether a router of its own could serve there. A node that joined later begins to unpack the index, and comes in question when it
+        is asked for again."""
+        if self._config.placement.routers == "driver" or not is_place(self._index) or node in self._furnished:
+            return True
+        if node not in self._furnishing:
+            self._furnishing[node] = nodes.on_one(node, unpack, self._index)
+        elif ray.wait([self._furnishing[node]], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayError):  # it could not: who asks again has it tried again
+                ray.get(self._furnishing.pop(node))
+                self._furnished.add(node)
+        return node in self._furnished
 
     def _router_on(self, node: str) -> Any:
         """The router that workers of a node ask."""
@@ -274,7 +295,24 @@ class Plays:
 
 def _speech(model: str, protocol: ProtocolConfig) -> Speech:
     """How the policy speaks, on whatever node that is asked."""
-    return make_speech(at_hand(model), protocol)
+    return make_speech(at_hand(model, weights=False), protocol)
+
+
+def _unpacked(config: RunConfig, seats: Seats, model: str, index_dir: str, everyone: Sequence[nodes.Node]) -> set[str]:
+    """Brings model and index to the nodes that need them, before any actor's time to start runs there; returns ids of those with the
+    index. Raises UserError."""
+
+    def those(wanted: set[str]) -> list[nodes.Node]:
+        return [n for n in everyone if n.id in wanted]
+
+    home = everyone[0].id
+    furnish(model, those({seat.node() for name in ("sampler", "learner") for seat in seats.of(name)}))
+    place = config.placement
+    serve = {home, *(seat.node() for name in ("encoder", "store", "shard") for seat in seats.of(name))}
+    if place.routers == "node":
+        serve |= {n.id for n in everyone if labelled(n, place.rollout.labels)}
+    furnish(index_dir, those(serve))
+    return serve
 
 
 @contextlib.contextmanager
@@ -290,8 +328,9 @@ def placed(
         raise UserError(line)
     if not is_object_store(storage):
         prove_shared(run_dir, everyone)
-    model = ship(model, everyone, storage)
-    index_dir = ship(index_dir, everyone, storage, copy=config.placement.copy_index)
+    joined = bool(joined_address(config.ray))  # and then nodes may come that are not there yet
+    model = ship(model, everyone, storage, joined=joined)
+    index_dir = ship(index_dir, everyone, storage, copy=config.placement.copy_index, joined=joined)
     speech = functools.partial(_speech, model, config.protocol)
     journal = config.sandbox.journal  # workers have folders of their own, so paths are made whole here
     journal = dataclasses.replace(
@@ -313,7 +352,8 @@ def placed(
     with reserve(wanted, config.ray.wait_s) as seats:
         if line := one_node(config, {seat.node() for seat in seats.of("sampler")}):
             raise UserError(line)
-        actors = Actors(config, play, engine, index_dir, segments, seats)
+        serve = _unpacked(config, seats, model, index_dir, everyone)
+        actors = Actors(config, play, engine, index_dir, segments, seats, serve)
         try:
             yield actors, speech
         finally:

@@ -185,6 +185,7 @@ class Buffer:
             self._say(f"the journal was set aside as {aside.name}, the books go on from the checkpoint: {error}")
             return
         self._serial = itertools.count(seen.leases)
+        self._saved_step = seen.saved
         if seen.masks:
             self._masks.restore(seen.masks)
         if seen.moves:
@@ -296,7 +297,7 @@ class Buffer:
             if not saved and self._saved_step:
                 raise UserError(
                     f"learner {self._ledger.incarnation + 1} finds no checkpoint, and there was one of step {self._saved_step}: its node does not "
-                    "see the run's storage, or the checkpoints were removed; mend that and go on with resume="
+                    "see the run's storage, or the checkpoints were removed; mend that and go on with resume=, or begin anew by another name="
                 )
             ledger = saved["ledger"] if saved else {"version": 0, "trained": 0}
             step, trained = int(ledger["version"]), int(ledger["trained"])

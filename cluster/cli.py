@@ -179,6 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = add("doctor", "say what is installed, what fits this machine, and how a run went", _doctor, config=False)
     doctor.add_argument("--run", dest="run_dir", default=None, metavar="DIR", help="look at this run instead")
     doctor.add_argument("--gpu", action="store_true", help="run the checks that want a GPU, some minutes of them")
+    doctor.add_argument("--cpu", action="store_true", help="with --gpu: rehearse those at tiny sizes on the CPU")
 
     serve = add("serve", "serve a corpus over HTTP: /retrieve, /access, CaRR's tools, MCP", _serve, config=False)
     serve.set_defaults(takes_overrides=True)
@@ -403,7 +404,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from cluster.doctor import examine, examine_gpu, examine_run
 
     if args.gpu:
-        return 0 if examine_gpu() else 1
+        return 0 if examine_gpu(cpu=args.cpu) else 1
     lines, healthy = examine_run(Path(args.run_dir)) if args.run_dir else examine()
     for line in lines:
         print(line)

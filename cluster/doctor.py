@@ -51,9 +51,9 @@ def examine() -> tuple[list[str], bool]:
     return [*lines, "", *_machine(), "", *_fits(), "", *_never()], healthy
 
 
-def examine_gpu(tell: Callable[[str], None] = print) -> bool:
-    """Runs the checks that want a GPU, a line each as they end; says what no GPU has run. Healthy unless one failed."""
-    report = run(tell=tell)
+def examine_gpu(tell: Callable[[str], None] = print, *, cpu: bool = False) -> bool:
+    """Runs the checks that want a GPU, a line each as they end; says what no GPU has run. Healthy unless one failed. `cpu`: a rehearsal."""
+    report = run(cpu=cpu, tell=tell)
     for line in (summary(report), "", *_never()):
         tell(line)
     return healthy(report)

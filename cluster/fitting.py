@@ -6,13 +6,15 @@ arithmetic says that it is enough, the cheapest of those that are tried.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cluster.layout import Gpu, Moment, moments, one_node, sampling_parts, seats
+from cluster.layout import Gpu, Moment, moments, one_node, refused, sampling_parts, seats
 from cluster.model import ModelShape
 from cluster.sizes import needs, shares_gpus
+from cluster.tenants import judge_needs, judge_share, option
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
@@ -40,34 +42,51 @@ def misfits(config: RunConfig, shape: ModelShape, nodes: Sequence[Sequence[float
         found.append(
             f"{len(left)} {kinds} {'has' if single else 'have'} no GPU to sit on ({there} GPUs, first {left[0]}); {mend}"
         )
-    if line := one_node(config, {g.node for g in gpus if any(t.name.startswith("sampler") for t in g.tenants)}):
+    apart = one_node(config, {g.node for g in gpus if any(t.role == "sampler" for t in g.tenants)})
+    if line := apart or ("" if left else refused(config, gpus)):
         found.append(line)
     told: set[tuple[str, bool]] = set()
     for gpu in gpus:
+        roles = {t.role for t in gpu.tenants}
+        who = " and ".join(sorted(roles))
+        short = _sequence(config, shape, gpu.gib, nodes) if "sampler" in roles else ""
+        lines = [short, _judge(config, gpu.gib) if "judge" in roles else ""]
         # Of the learner's moments the fullest is told: what mends it mends the others.
         for moment in sorted(moments(config, shape, gpu), key=lambda m: -m.gib):
-            one = _sequence(config, shape, gpu.gib, nodes) if moment.name == "sampling" else ""
-            who = " and ".join(sorted({t.name.partition("-")[0] for t in gpu.tenants}))
-            key = (who, moment.name == "sampling")
-            if key in told or not (one or moment.gib > gpu.gib):
+            key = (who, moment.name == "sampling" or "learner" not in roles)
+            if moment.gib <= gpu.gib or key in told or (short and key[1]):
                 continue
             told.add(key)
-            found.append(one or _too_much(config, shape, gpu, moment, who, nodes))
+            lines.append(_too_much(config, shape, gpu, moment, who, nodes))
+        found += [line for line in lines if line and line not in found]
     return found
+
+
+def _judge(config: RunConfig, gpu_gib: float) -> str:
+    """Whether a judge's share holds its weights and a step, where its sizes are known: it does not start otherwise."""
+    arguments, need = config.judge.engine_args, judge_needs(config)
+    if (
+        need is None
+        or option(arguments, "--kv-cache-memory-bytes") is not None
+        or need <= judge_share(arguments) * gpu_gib
+    ):
+        return ""
+    room = judge_share(arguments) * gpu_gib
+    return (
+        f"a judge takes {need:.1f} GiB on a GPU for its weights and a step, --gpu-memory-utilization leaves it {room:.1f} of {gpu_gib:.1f}; "
+        "raise that or --tensor-parallel-size (judge.engine_args, judge.num_gpus), or use GPUs with more memory"
+    )
 
 
 def _sequence(config: RunConfig, shape: ModelShape, gpu_gib: float, nodes: Sequence[Sequence[float]]) -> str:
     """Whether an engine's share holds its weights, a step, and one sequence: it does not start otherwise."""
     engine = config.engine
-    if engine.kv_cache_gb is not None:
+    if _starts(config, shape, gpu_gib):
         return ""
-    room = engine.gpu_memory_utilization * gpu_gib
-    need = sum(sampling_parts(config, shape, 0.0).values())  # of no share at all: the cache is that of one sequence
-    if need <= room * _ENOUGH:
-        return ""
+    room, need = engine.gpu_memory_utilization * gpu_gib, _least(config, shape)
 
     def holds(changed: RunConfig) -> bool:
-        return not _sequence(changed, shape, gpu_gib, nodes)
+        return _starts(changed, shape, gpu_gib)
 
     mend = _first(config, _engine_mends(config, shape), holds, nodes)
     return (
@@ -77,18 +96,35 @@ def _sequence(config: RunConfig, shape: ModelShape, gpu_gib: float, nodes: Seque
     )
 
 
+def _starts(config: RunConfig, shape: ModelShape, gpu_gib: float) -> bool:
+    engine = config.engine
+    return engine.kv_cache_gb is not None or _least(config, shape) <= engine.gpu_memory_utilization * gpu_gib * _ENOUGH
+
+
+def _least(config: RunConfig, shape: ModelShape) -> float:
+    """What an engine takes of a GPU at least: of no share at all, the cache is that of one sequence."""
+    return sum(sampling_parts(config, shape, 0.0).values())
+
+
 def _too_much(
     config: RunConfig, shape: ModelShape, gpu: Gpu, moment: Moment, who: str, nodes: Sequence[Sequence[float]]
 ) -> str:
     biggest = sorted(moment.named.items(), key=lambda part: -part[1])[:4]
     parts = ", ".join(f"{name} {size:.1f}" for name, size in biggest)
-    mends = _engine_mends(config, shape) if moment.name == "sampling" else _learner_mends(config)
+    sampling = moment.name == "sampling" or "learner" not in who
+    mends = _engine_mends(config, shape) if sampling else _learner_mends(config)
 
     def holds(changed: RunConfig) -> bool:
-        sampling = moment.name == "sampling"
-        return all(m.gib <= gpu.gib for m in moments(changed, shape, gpu) if (m.name == "sampling") == sampling)
+        if "sampler" in who and not _starts(changed, shape, gpu.gib):
+            return False
+        beside = shares_gpus(config)  # then what mends the learner's turn need not mend the samplers'
+        return all(
+            m.gib <= gpu.gib
+            for m in moments(changed, shape, gpu)
+            if not beside or (m.name == "sampling") == (moment.name == "sampling")
+        )
 
-    mend = _first(config, [*_sharing_mends(config, moment, gpu.gib), *mends], holds, nodes)
+    mend = _first(config, [*_sharing_mends(config, moment, gpu), *mends], holds, nodes)
     subject = f"a {who}" if " and " not in who else f"a {who.replace(' and ', ' and a ')} on one GPU"
     verb = "take" if " and " in who else "takes"
     return (
@@ -180,17 +216,17 @@ def _engine_mends(config: RunConfig, shape: ModelShape) -> Iterator[Mend]:
         yield said, change
 
 
-def _sharing_mends(config: RunConfig, moment: Moment, gpu_gib: float) -> Iterator[Mend]:
-    """Of two who take turns."""
-    if not shares_gpus(config):
-        return
-    if not config.layout.offload:
+def _sharing_mends(config: RunConfig, moment: Moment, gpu: Gpu) -> Iterator[Mend]:
+    """Of those who share a GPU: more room in turn, or a smaller share of each engine."""
+    if shares_gpus(config) and not config.layout.offload:
         yield "set layout.offload=true", _set("layout", offload=True)
-    if moment.name == "sampling":
-        beside = sum(size for name, size in moment.parts.items() if name.startswith("learner"))
-        share = int(100 * (gpu_gib - beside) / gpu_gib) / 100
-        if 0 < share < config.engine.gpu_memory_utilization:
-            yield (
-                f"set engine.gpu_memory_utilization={share:g}",
-                _set("engine", gpu_memory_utilization=share),
-            )
+    if moment.name == "publishing":
+        for size in (64, 16):
+            if size < config.fleet.bucket_mb:
+                yield f"set fleet.bucket_mb={size}", _set("fleet", bucket_mb=size)
+    engines, engine = sum(t.role == "sampler" for t in gpu.tenants), config.engine
+    if engines and engine.kv_cache_gb is None and (moment.name == "sampling" or not shares_gpus(config)):
+        less = engine.gpu_memory_utilization - (moment.gib - gpu.gib) / engines / gpu.gib
+        share = math.floor(100 * less) / 100
+        if 0 < share < engine.gpu_memory_utilization:
+            yield f"set engine.gpu_memory_utilization={share:g}", _set("engine", gpu_memory_utilization=share)

@@ -31,6 +31,7 @@ from cluster import nodes
 from cluster.errors import one_line
 from cluster.fleet_config import FleetConfig as FleetConfig
 from cluster.membership import Place, StaleEpoch
+from cluster.nodecache import UNPACK_S, is_place, unpack
 from cluster.placement import Seat
 from cluster.publishing import Facts, Meeting, Peer, Publishing
 from cluster.sampler import Client, Sampler
@@ -43,6 +44,8 @@ from cluster.watchdog import Pulse, Tally, Waits, pulse_of
 
 _ROOM_S = 1.0
 """Between two looks for a node, or for weights, that an engine waits for."""
+_UNFIT_S = 10.0
+"""Between two tries of a node that could not have the policy's folder."""
 
 
 async def _node_of(seat: Seat | None) -> str:
@@ -387,7 +390,7 @@ class Fleet:
         if reason and not node_lost and self._restarts.exceeded():
             self._fatal = f"sampler engines failed {self._restarts.count} times within an hour, last: {reason}"
             return
-        node = await self._room(seat)
+        node = await self._furnished(seat)
         engine = self._create(seat)
         engine.node = node
         try:
@@ -408,6 +411,27 @@ class Fleet:
                 self._events.append(f"a sampler waits for a node with {seat} to join{self._strength()}")
             await asyncio.sleep(_ROOM_S)
         return node if seat is not None else ""
+
+    async def _furnished(self, seat: Seat | None) -> str:
+        """The node of a seat, when it has the policy's folder: unpacking counts into no engine's start. A node that cannot have it is no
+        engine's fault either, and is tried again."""
+        told = ""
+        while (node := await self._room(seat)) and is_place(self._engine_config.model):
+            unpacked = nodes.on_one(node, unpack, self._engine_config.model)
+            try:
+                async with asyncio.timeout(UNPACK_S):
+                    await unpacked
+                return node
+            except Exception as error:
+                reason = one_line(error) or f"it took longer than {UNPACK_S:g} s"
+                ray.cancel(unpacked, force=True)
+            if not await asyncio.to_thread(nodes.alive, node):
+                continue
+            if reason != told:
+                told = reason
+                self._events.append(f"a sampler waits for node {node[:8]}, or another: {reason}{self._strength()}")
+            await asyncio.sleep(_UNFIT_S)
+        return node
 
     async def _take_weights(self, engine: _Engine) -> None:
         """Brings what was published last into an engine that is up, and opens it for routes."""

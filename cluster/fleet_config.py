@@ -32,7 +32,8 @@ class FleetConfig:
     node. `nccl`: broadcast to engines on GPUs of their own. `ipc`: CUDA IPC to engines on the learner's GPUs. `gloo`: broadcast over TCP.
     `auto`: by where learner and engines sit."""
     bucket_mb: int = 256
-    """Weights that travel at a time, in MiB; a larger tensor travels alone. Learner and engines hold two such buckets."""
+    """Weights that travel at a time, in MiB; a larger tensor travels alone. What that takes on either side depends on the transport;
+    `gumshoe plan` counts it (`cluster.handover`)."""
 
     def check(self) -> None:
         """Raises ValueError, one line, for a value outside its range."""

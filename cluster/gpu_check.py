@@ -59,7 +59,11 @@ CHECKS = (
     Check("learner_1.7b", "gpu_learner", "a learner of 1.7 billion parameters reaches 40 % MFU", limit_s=300.0),
     Check("learner_4b", "gpu_learner", "a learner of 4 billion parameters reaches 40 % MFU", limit_s=400.0),
     Check("learner_profile", "gpu_learner", "where the time of a learner step goes, kernel by kernel"),
-    Check("cuda_ipc", "gpu_ipc", "weights sent through CUDA IPC arrive whole in another process", ("torch",), 120.0),
+    Check("cuda_ipc", "gpu_ipc", "tensors sent through CUDA IPC arrive whole in another process", ("torch",), 120.0),
+    Check(
+        "ipc_publish", "gpu_ipc", "the learner's IPC sender and vLLM's consumer agree, pass after pass, and leak no buffer",
+        ("torch", "vllm"), 500.0,
+    ),
     Check("faiss_gpu", "gpu_retrieval", "faiss-gpu in half precision finds what the CPU finds", ("numpy", "faiss"), 400.0),
     Check(
         "encoder_gpu", "gpu_retrieval", "an encoder in half precision on the GPU gives the CPU's vectors",
@@ -98,6 +102,7 @@ NEVER_RUN = (
     Untried("context parallelism (Ulysses) over NCCL", "agents/learning/context.py"),
     Untried("sharded checkpoints (DCP) from the memory of GPUs", "agents/learning/sharded.py"),
     Untried("CUDA IPC between two processes of one GPU", "benchmarks/gpu_ipc.py", "cuda_ipc"),
+    Untried("the learner's IPC sender beside vLLM's consumer", "cluster/vllm/senders.py", "ipc_publish"),
     Untried("publishing weights into engines by CUDA IPC", "cluster/vllm/receivers.py"),
     Untried(
         "publishing weights into engines by NCCL, one engine or several, tensor-parallel or not; aborting a hung broadcast",
@@ -114,9 +119,11 @@ NEVER_RUN = (
     ),
     Untried("FAISS on GPUs: half precision, cut over several", "retrieval/faiss_index.py", "faiss_gpu"),
     Untried("encoders and rerankers on a GPU", "retrieval/encode_hf.py", "encoder_gpu"),
+    Untried("GPUs shared by fractions, engines and learners at the same time", "cluster/layout.py"),
+    Untried("what `gumshoe plan` counts, held against the memory of a GPU", "cluster/memory.py"),
     Untried("a whole training run on GPUs", "cluster/train.py"),
 )
-"""What was never run on a GPU. An entry goes when a committed result (`benchmarks/results/gpu_*.json`) has its check passed."""
+"""What was never run on a GPU. An entry goes when a committed result (`benchmarks/results/gpu_*.json`) has its check passed; a test compares."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,11 @@ class Failed(Exception):
 
 
 class NotRun(Exception):
-    """A check finds, once it runs, that this machine cannot run it."""
+    """A check finds, once it runs, that this machine cannot answer it. `figures`: what was measured all the same."""
+
+    def __init__(self, why: str, figures: Mapping[str, Any] | None = None) -> None:
+        super().__init__(why)
+        self.figures = dict(figures or {})
 
 
 @dataclass(frozen=True)
@@ -302,7 +313,7 @@ def answer(functions: Mapping[str, Function], argv: Sequence[str]) -> int:
     except Failed as error:
         status, why, figures = FAILED, str(error), error.figures
     except NotRun as error:
-        status, why = NOT_RUN, str(error)
+        status, why, figures = NOT_RUN, str(error), error.figures
     except Exception as error:  # what breaks a check is its answer
         status, why = FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         traceback.print_exc()

@@ -23,6 +23,8 @@ class Seen:
 
     def __init__(self) -> None:
         self.moves = self.leases = 0
+        self.saved = 0
+        """Step of the last checkpoint."""
         self.tasks: dict[str, str] = {}
         """Task of each lease that is not at its end."""
         self.order: dict[str, Any] | None = None
@@ -52,12 +54,15 @@ class Seen:
                 self.rows.append(move["row"])
                 for lease_id in shipped:
                     self.tasks.pop(lease_id, None)
+            elif op == "checkpoint":
+                self.saved = int(move["step"])
             elif op == "order":
                 self.order = move
             elif op == "masks":
                 self.masks = move
             elif op in ("enter", "restore"):
                 self.rows.clear()
+                self.saved = int(move["step"] if op == "enter" else move["state"]["version"])
             yield move
 
 

@@ -7,20 +7,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
-from cluster.memory import ASLEEP_GIB, PROCESS_GIB, LearnerBytes, engine_bytes
+from cluster.membership import Place, choose, choose_for_adapters
+from cluster.memory import ASLEEP_GIB, PROCESS_GIB
 from cluster.model import ModelShape
-from cluster.sizes import gib, itemsize, kv_bytes_per_token, learner_of, shares, shares_gpus, trains_on_gpu
+from cluster.placement import RolePlacement
+from cluster.sizes import gib, handover_of, kv_bytes_per_token, learner_of, shares, shares_gpus, trains_on_gpu
+from cluster.tenants import held_by
 from retrieval.config import legs_of
 
 if TYPE_CHECKING:
     from cluster.schema import RunConfig
 
 KINDS = ("split", "collocated")
+OTHERS = ("judge", "encoder", "shard")
+"""Who may have a GPU besides samplers and learners."""
+NODE_LABEL = "ray.io/node-id"
+"""The label by which Ray knows a node."""
 CARDS_GIB = {
     "a10": 22.5, "a100": 79.2, "a100-40": 39.4, "b200": 178.4, "h100": 79.2, "h200": 139.8, "l4": 22.5, "l40s": 44.5, "rtx4090": 23.6,
 }  # fmt: skip
@@ -51,6 +59,10 @@ class Tenant:
     share: float = 1.0
     """Of the GPU, in Ray's books."""
 
+    @property
+    def role(self) -> str:
+        return self.name.partition("-")[0]
+
 
 @dataclass(frozen=True)
 class Turns:
@@ -80,7 +92,7 @@ class Moment:
     """What a GPU holds at the fullest moment of one kind, in GiB by what fills it (`learner's weights`)."""
 
     name: str
-    """`sampling`, `publishing` or `training`."""
+    """`sampling`, `publishing` or `training`; `serving` where neither sampler nor learner is."""
     parts: dict[str, float]
 
     @property
@@ -96,11 +108,23 @@ class Moment:
 
 
 def arranged(config: RunConfig) -> RunConfig:
-    """The config with what its layout means for others: learners on shared GPUs ask Ray for none, and engines can sleep. Idempotent."""
+    """The config with what its layout means for others: learners on shared GPUs ask Ray for none, all sit on one node, and engines can sleep.
+    Idempotent."""
     if not shares_gpus(config):
         return config
     train, engine = replace(config.train, worker_gpus=0.0), replace(config.engine, sleeps=True)
-    return replace(config, train=train, engine=engine)
+    place = config.placement
+    sampler, learner = (replace(role, strategy="strict_pack") for role in (place.sampler, place.learner))
+    return replace(config, train=train, engine=engine, placement=replace(place, sampler=sampler, learner=learner))
+
+
+def learner_place(config: RunConfig, nodes: Collection[str]) -> RolePlacement:
+    """Where learners may sit, given the nodes (Ray's ids) of the engines: beside those whose GPUs they share. Ray itself would rather give
+    actors that ask for no GPU a node without any."""
+    place = config.placement.learner
+    if not shares_gpus(config) or len(nodes) != 1:
+        return place
+    return replace(place, labels={**place.labels, NODE_LABEL: next(iter(nodes))})
 
 
 def check_layout(config: RunConfig) -> None:
@@ -190,38 +214,80 @@ def seats(config: RunConfig, nodes: Sequence[Sequence[float]]) -> tuple[list[Gpu
 
 
 def moments(config: RunConfig, shape: ModelShape, gpu: Gpu) -> list[Moment]:
-    """What samplers and learners hold on one GPU at the fullest moments of a step. Judges and encoders are not counted."""
-    names = [t.name.partition("-")[0] for t in gpu.tenants]
-    learner = learner_of(config, shape)
-    sampling = sampling_parts(config, shape, gpu.gib) if "sampler" in names else {}
-    training = _parts("learner", learner.training) if "learner" in names else {}
-    publishing = (
-        _parts("learner", learner.held) | {"learner's gathered tensor": gib(learner.publish)} if training else {}
-    )
-    if not (sampling and training and shares_gpus(config)):
-        beside = sampling if training else {}  # shares of one GPU, at the same time
-        found = [
-            ("sampling", {} if training else sampling),
-            ("training", beside | training | _process(training)),
-            ("publishing", beside | publishing | _process(training) if training else {}),
+    """What all tenants hold on one GPU at the fullest moments of a step. Those whose bytes are not known (`uncounted`) are left out."""
+    roles = Counter(t.role for t in gpu.tenants)
+    samplers, learners = roles["sampler"], roles["learner"]
+    others = _others(config, roles, gpu.gib)
+    if not (samplers or learners):
+        return [Moment("serving", others)] if others else []
+    learner, passing = learner_of(config, shape), handover_of(config, shape, beside=bool(samplers and learners))
+    sampling = _times(samplers, sampling_parts(config, shape, gpu.gib))
+    receiving = _times(samplers, _parts("sampler", passing.receiver))
+    stays = _times(learners, _parts("learner", passing.stays))
+    sending = _times(learners, _parts("learner", learner.held | passing.sender)) | stays
+    training = _times(learners, _parts("learner", learner.training)) | stays
+    process = {"learner's process": learners * PROCESS_GIB} if learners else {}
+    if shares_gpus(config) and samplers and learners:
+        residue = stays if config.layout.offload else _times(learners, _parts("learner", learner.kept)) | stays
+        awake = sampling_parts(config, shape, gpu.gib)["sampler's weights"]
+        giving = _times(learners, _parts("learner", learner.kept | passing.sender)) | stays
+        asleep = {"sampler's process": samplers * ASLEEP_GIB} | process | others
+        return [
+            Moment("sampling", sampling | residue | process | others),
+            Moment("training", training | asleep),
+            # All but the gradients is there, and engines have their weights, but no cache.
+            Moment("publishing", giving | {"sampler's weights": samplers * awake} | receiving | asleep),
         ]
-        return [Moment(name, parts) for name, parts in found if parts]
-    residue = {} if config.layout.offload else _parts("learner", learner.kept)
-    asleep = {"sampler's process": ASLEEP_GIB}
-    return [
-        Moment("sampling", sampling | residue | _process(training)),
-        Moment("training", training | asleep | _process(training)),
-        Moment("publishing", _handover(config, shape, learner) | asleep | _process(training)),
-    ]
+    found = []
+    if not learners:
+        found.append(Moment("sampling", sampling | others))
+    else:  # shares of one GPU, at the same time
+        found.append(Moment("training", sampling | training | process | others))
+    if config.fleet.num_engines:
+        found.append(Moment("publishing", sampling | receiving | sending | process | others))
+    return found
 
 
-def _handover(config: RunConfig, shape: ModelShape, learner: LearnerBytes) -> dict[str, float]:
-    """As weights go from one to the other on the same GPU: all but the gradients is there."""
-    weights = gib(engine_bytes(config.engine, shape, itemsize(config.engine, on_cpu=False))["weights"])
-    return _parts("learner", learner.kept) | {
-        "learner's gathered tensor": gib(learner.publish),
-        "sampler's weights": weights,
-    }
+def uncounted(config: RunConfig, gpu: Gpu) -> list[str]:
+    """One line for each kind of tenant of a GPU whose bytes are not known."""
+    kinds = [r for r in dict.fromkeys(t.role for t in gpu.tenants) if r in OTHERS]
+    return [f"{kind}: {why}" for kind in kinds if (why := held_by(config, kind, gpu.gib).unknown)]
+
+
+def _others(config: RunConfig, roles: Mapping[str, int], gpu_gib: float) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for kind in OTHERS:
+        if roles.get(kind):
+            found |= _times(roles[kind], held_by(config, kind, gpu_gib).parts)
+    return found
+
+
+def _times(number: int, parts: Mapping[str, float]) -> dict[str, float]:
+    return {name: number * size for name, size in parts.items()} if number else {}
+
+
+def refused(config: RunConfig, gpus: Sequence[Gpu]) -> str:
+    """Why `fleet.transport` cannot serve those who sit there, by the rule of the run (`cluster.membership`); empty when it can."""
+    if not config.fleet.num_engines:
+        return ""
+    where: dict[str, Place] = {}
+    for gpu in gpus:
+        for tenant in gpu.tenants:
+            if tenant.role in ("sampler", "learner"):
+                name = "learner" if tenant.role == "learner" else tenant.name.partition(".")[0]
+                held = where.get(name, Place(str(gpu.node)))
+                where[name] = Place(held.node, (*held.devices, f"{gpu.node}-{gpu.number}"))
+    here = next((place.node for place in where.values()), "")
+    learner = where.pop("learner", Place(here))
+    engines = where if config.fleet.num_gpus else {f"sampler-{i}": Place() for i in range(config.fleet.num_engines)}
+    try:
+        if config.learner.lora.publish == "adapter":
+            choose_for_adapters(learner, engines)
+        else:
+            choose(config.fleet.transport, learner, engines)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def sampling_parts(config: RunConfig, shape: ModelShape, gpu_gib: float) -> dict[str, float]:
@@ -232,10 +298,6 @@ def sampling_parts(config: RunConfig, shape: ModelShape, gpu_gib: float) -> dict
 
 def _parts(who: str, parts: dict[str, float]) -> dict[str, float]:
     return {f"{who}'s {name}": gib(size) for name, size in parts.items()}
-
-
-def _process(training: dict[str, float]) -> dict[str, float]:
-    return {"learner's process": PROCESS_GIB} if training else {}
 
 
 def room_for(config: RunConfig, shape: ModelShape, gpu_gib: float | None) -> str:

@@ -26,7 +26,7 @@ from cluster.mirror import newest_name, pull_checkpoint, push_checkpoint
 from cluster.nodecache import at_hand, once
 from cluster.placement import RolePlacement
 from cluster.runtime import environment
-from cluster.storage import ObjectStore
+from cluster.storage import ObjectStore, sees_token
 from cluster.turns import Belongings, LearnerTurns, find_device
 from cluster.watchdog import Tally
 
@@ -112,6 +112,8 @@ class Setup:
     """Where learners may sit."""
     uri: str = ""
     """Where the run is copied to, checkpoints as soon as they are whole; empty where its folder is one that all nodes see."""
+    token: str = ""
+    """By which a node that joined later knows the folder of checkpoints; empty: it is not asked for."""
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -120,6 +122,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
     setup: Setup = config["setup"]
     try:
+        _check_storage(setup)
         _train(replace(setup, model=at_hand(setup.model)))
     except Exception as error:
         if not is_expected(error):
@@ -237,11 +240,6 @@ def _begin(setup: Setup, rank: int, world: int) -> tuple[int, str]:
             dist.broadcast_object_list(named, src=0)
         with once(setup.checkpoints):  # ranks of one node share a folder
             pull_checkpoint(f"{setup.uri}/checkpoints", Path(setup.checkpoints), named[0])
-    elif not Path(setup.checkpoints).is_dir():
-        raise UserError(
-            f"the learner's node does not see {setup.checkpoints}; mount the run's storage on every node that may train, keep learners from the "
-            "others (placement.learner.labels), or give storage_path as a URI"
-        )
     if rank == 0:
         folder, lines = newest_checkpoint(setup.checkpoints)
         for line in lines:
@@ -252,6 +250,19 @@ def _begin(setup: Setup, rank: int, world: int) -> tuple[int, str]:
     if world > 1:
         dist.broadcast_object_list(found, src=0)  # nobody asks for a batch before the ledger went back
     return int(found[0]), str(found[1])
+
+
+def _check_storage(setup: Setup) -> None:
+    """Every rank's node must see the checkpoints that the run began with: one that joined later may have a folder of its own by that
+    name, and training would begin anew in it. Raises UserError."""
+    if setup.token and not setup.uri and not sees_token(setup.checkpoints, setup.token):
+        import ray
+
+        node, address = ray.get_runtime_context().get_node_id()[:8], ray.util.get_node_ip_address()
+        raise UserError(
+            f"a learner's node, {address} ({node}), does not see {setup.checkpoints} of this run; mount the run's storage on every node that may "
+            "train, keep learners from the others (placement.learner.labels), or give storage_path as a URI"
+        )
 
 
 def _due(train: TrainConfig, step: int, saved_at: float, world: int) -> bool:

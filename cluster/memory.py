@@ -37,8 +37,6 @@ class LearnerBytes:
     """Between optimiser steps: weights, gradients, moments, and models beside the policy."""
     step: Bytes
     """What the highest moment of an optimiser step adds."""
-    publish: float
-    """Most that publishing adds: one whole tensor, and its copy in the engine's type."""
     kept: Bytes = field(default_factory=dict)
     """Of `held`, what stays where it is while samplers have the device and the learner does not give its memory back."""
     passes: tuple[Bytes, ...] = ()
@@ -68,7 +66,7 @@ def learner_bytes(config: LearnerConfig, shape: ModelShape, *, ranks: int, token
     at_once = trained if on_gpu else min(trained, largest_tensor(shape))
     step = max((*passes, {"optimiser's step": 4 * at_once / ranks}), key=total)
     kept = {k: v for k, v in held.items() if k != "gradients"}
-    return LearnerBytes(held, {k: v for k, v in step.items() if v}, 6.0 * largest_tensor(shape), kept, passes)
+    return LearnerBytes(held, {k: v for k, v in step.items() if v}, kept, passes)
 
 
 @dataclass(frozen=True)
@@ -185,8 +183,11 @@ class _Pass:
         return 12 * block + (2 * table if self.autocast else 0)
 
     def _mask(self) -> float:
-        """Attention that takes a dense mask: true or false of every pair, and the same as a number."""
+        """Attention that takes a dense mask: true or false of every pair, and the same as a number. FlexAttention has a table of blocks."""
         config = self.config
+        if config.attention == "flex_attention" and config.layout != "padded":
+            blocks = -(-min(self.tokens, config.max_tokens_per_microbatch) // 128)
+            return 64.0 * blocks**2  # its four lists of blocks, and what they are sorted from
         dense = config.attention in ("sdpa", "eager") or (config.attention == "auto" and not self.on_gpu)
         if not dense or config.layout == "padded":
             return 0.0

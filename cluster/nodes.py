@@ -91,6 +91,13 @@ def bound_to(node_id: str, *, soft: bool = False) -> dict[str, Any]:
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=soft)}
 
 
+def on_one(node_id: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    """A reference to what `work(*arguments)` returns on that node. It is not tried again when the node is lost."""
+    import ray
+
+    return ray.remote(work).options(num_cpus=0, max_retries=0, **bound_to(node_id)).remote(*arguments)
+
+
 def on_each(
     nodes: Sequence[Node], work: Callable[..., Any], *arguments: Any, timeout_s: float = PATIENCE_S
 ) -> list[Answer]:
@@ -99,8 +106,7 @@ def on_each(
 
     if not nodes:
         return []
-    task = ray.remote(work)
-    asked = {task.options(num_cpus=0, max_retries=0, **bound_to(node.id)).remote(*arguments): node for node in nodes}
+    asked = {on_one(node.id, work, *arguments): node for node in nodes}
     ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
     answers = []
     for reference, node in asked.items():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
 from cluster.fitting import misfits
-from cluster.layout import Gpu, Moment, arranged, check_layout, moments, room_for, seats, summary
+from cluster.layout import Gpu, Moment, arranged, check_layout, moments, room_for, seats, summary, uncounted
 from cluster.machine import free_memory, machine_gpus
 from cluster.model import ModelShape, model_shape
 from cluster.preflight import check_section, check_settings, findings
@@ -132,7 +132,12 @@ def layout_lines(config: RunConfig, shape: ModelShape | None, nodes: Sequence[Se
         for first, last, found in _alike([(g, moments(config, shape, g)) for g in here]):
             shown += [m for m in found if all(m.name != s.name or m.parts.keys() != s.parts.keys() for s in shown)]
             lines.append(_seat_row(first, last, found))
-    return [*lines, *(_moment_row(m, config, shape, min(g.gib for g in gpus)) for m in shown)]
+    unknown = dict.fromkeys(line for gpu in gpus for line in uncounted(config, gpu))
+    return [
+        *lines,
+        *(_moment_row(m, config, shape, min(g.gib for g in gpus)) for m in shown),
+        *(f"not counted {line}; whether it fits where it sits is not known" for line in unknown),
+    ]
 
 
 def _needs_alone(config: RunConfig, shape: ModelShape) -> list[str]:
@@ -166,7 +171,9 @@ def _seat_row(first: Gpu, last: Gpu, found: Sequence[Moment]) -> str:
 def _moment_row(moment: Moment, config: RunConfig, shape: ModelShape, gpu_gib: float) -> str:
     parts = ", ".join(f"{name} {_size(size)}" for name, size in moment.named.items() if size)
     room = room_for(config, shape, gpu_gib) if moment.name == "sampling" else ""
-    return f"{moment.name:<11} {moment.gib:.1f} GiB: {parts}{f'; {room}' if room else ''}"
+    owners = {name.partition("'s ")[0] for name in moment.parts}
+    whose = f" of a {owners.pop()}" if len(owners) == 1 else ""
+    return f"{moment.name:<11} {moment.gib:.1f} GiB{whose}: {parts}{f'; {room}' if room else ''}"
 
 
 def _what(config: RunConfig, shape: ModelShape | None, joined: str) -> list[str]:
@@ -222,8 +229,8 @@ def _sizes(config: RunConfig, shape: ModelShape | None, gpus: list[float], *, lo
     if shape is not None:
         free = f" of {_size(gib(free_memory()))} free" if local else ""
         lines += [
-            f"memory      {_size(host_gib(config, shape))}{free} on the machine, with {_size(published_gib(config, shape))} of shared memory "
-            f"for published weights and {_size(passing_gib(config, shape))} while learners load or a checkpoint is written; the index is not "
+            f"memory      {_size(host_gib(config, shape))}{free} on the machine, with {_size(published_gib(config, shape))} for weights on their "
+            f"way to the engines and {_size(passing_gib(config, shape))} while learners load or a checkpoint is written; the index is not "
             "counted",
             f"disk        checkpoints of at most {_size(checkpoints_gib(config, shape))} ({config.train.keep_checkpoints} kept, one being "
             f"written), {_checkpoints(config.train)}",
@@ -243,7 +250,7 @@ def _host(config: RunConfig, shape: ModelShape) -> list[str]:
     away = offloaded_gib(config, shape)
     beside = f", {_size(away)} of it learners while samplers have their GPUs" if away else ""
     return [
-        f"machine     {_size(host_gib(config, shape))} of its own memory on one machine, {_size(published_gib(config, shape))} of it published weights{beside}"
+        f"machine     {_size(host_gib(config, shape))} of its own memory on one machine, {_size(published_gib(config, shape))} of it weights on their way to the engines{beside}"
     ]
 
 

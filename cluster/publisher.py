@@ -5,6 +5,7 @@ Invariants:
   of the learner's ranks, and a rank that stopped would leave the others waiting.
 - All ranks take the same decisions; rank 0 alone talks to the fleet, and tells the others.
 - A collective that breaks is met anew with the engines that are left, a few times; after that they are started again.
+- Whatever becomes of a pass here, the fleet hears of it, and engines that wait for more are released.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from cluster.vllm import relay
 from cluster.vllm.adapters import AdapterWriter
 from cluster.vllm.buckets import learn_layout, to_wire
 from cluster.vllm.collective import CollectiveError, Sent
+from cluster.vllm.deadline import Stuck
 from cluster.vllm.segment import SegmentError, ShmWriter, TensorSpec, torch_dtype
 from cluster.vllm.senders import GlooSender, IpcSender, NcclSender, Sender
 
@@ -40,6 +43,15 @@ Gather = Callable[[torch.dtype | None], Iterable[tuple[str, torch.Tensor]]]
 Writer = ShmWriter | AdapterWriter
 Ask = Callable[[Any], Any]
 """The value behind a reference to an actor's answer, within a deadline."""
+
+
+@dataclass
+class _End:
+    """How a pass ended."""
+
+    sent: Sent | None = None
+    reason: str = ""
+    stuck: bool = False
 
 
 class Publisher:
@@ -57,6 +69,7 @@ class Publisher:
         self._writer = writer or ShmWriter(setup.segments, prefix=f"weights-{incarnation}")
         self._layout: dict[str, TensorSpec] = {}
         self._sender: Sender | None = None
+        self._ipc = IpcSender(rank, self._device, self._everybody)
         self._epoch = 0
         self._passes = 0
         self._first = True
@@ -144,7 +157,7 @@ class Publisher:
         if not self._layout:  # the engines must know what comes before it comes
             self._layout = learn_layout(gather(dtype))
         if meeting.kind == "ipc":
-            return self._by_pieces(gather(dtype), meeting, step, last)
+            return self._by_pieces(gather, meeting, step, last)
         with _whole(gather(dtype)) as weights:
             return self._drive(weights, meeting, step, last) if self._rank == 0 else {}
 
@@ -156,49 +169,66 @@ class Publisher:
         fresh = epoch != self._epoch
         ticket, label = self._new_ticket(), Version(self._incarnation, step).label
         going = fleet.broadcast.remote(ticket, epoch, label, dict(sender.endpoint), to_wire(self._layout), last)
-        sent, reason = None, ""
-        try:
-            if fresh:
-                self._epoch = epoch
-                sender.join(
-                    epoch, meeting.world_size, meeting.limit_s, lambda: bool(self._ask(fleet.called_off.remote(ticket)))
-                )
-            if self._ask(fleet.cleared.remote(ticket)):
-                sent = sender.send(weights, self._layout, meeting.bucket_bytes, meeting.limit_s)
-        except (CollectiveError, SegmentError) as error:
-            reason = one_line(error)
-            self._leave()  # engines that wait for more hear of it at once
-        self._ask(fleet.sent.remote(ticket, sent.checksum if sent else "", reason))
+        with self._telling(ticket) as end:
+            try:
+                if fresh:
+                    self._epoch = epoch
+                    sender.join(
+                        epoch,
+                        meeting.world_size,
+                        meeting.limit_s,
+                        lambda: bool(self._ask(fleet.called_off.remote(ticket))),
+                    )
+                if self._ask(fleet.cleared.remote(ticket)):
+                    end.sent = sender.send(weights, self._layout, meeting.bucket_bytes, meeting.limit_s)
+            except BaseException:
+                self._leave()  # engines that wait for more hear of it at once
+                raise
         report = dict(self._ask(going))
+        if end.stuck:
+            self._die(end.reason)
         if report["publish/again"]:
             self._leave()
-        return report | _sent_metrics(sent)
+        return report | _sent_metrics(end.sent)
 
-    def _by_pieces(
-        self, weights: Iterable[tuple[str, torch.Tensor]], meeting: Meeting, step: int, last: bool
-    ) -> dict[str, float]:
-        """CUDA IPC: every rank sends, rank 0 hands out what all of them have laid down."""
+    def _by_pieces(self, gather: Gather, meeting: Meeting, step: int, last: bool) -> dict[str, float]:
+        """CUDA IPC: every rank sends, rank 0 hands out what all of them have laid down. A pass for which the engines are not ready is not
+        begun."""
         fleet, ticket, label = self._setup.fleet, self._new_ticket(), Version(self._incarnation, step).label
-        going, cleared = None, [True]
-        if self._rank == 0:
-            going = fleet.broadcast.remote(ticket, meeting.epoch, label, {}, to_wire(self._layout), last)
-            cleared = [bool(self._ask(fleet.cleared.remote(ticket)))]
+        going, cleared = None, False
 
         def hand_out(piece: Any) -> None:
-            if not cleared[0]:
-                raise CollectiveError("the engines were not ready")
             self._ask(fleet.hand_out.remote(ticket, piece))
 
-        sent, reason = None, ""
-        with _whole(weights) as given:
-            try:
-                sent = IpcSender(self._rank, hand_out).send(given, self._layout, meeting.bucket_bytes, meeting.limit_s)
-            except CollectiveError as error:
-                reason = one_line(error)
-        if going is None:
-            return {}
-        self._ask(fleet.sent.remote(ticket, sent.checksum if sent else "", reason))
-        return dict(self._ask(going)) | _sent_metrics(sent)
+        if self._rank == 0:
+            going = fleet.broadcast.remote(ticket, meeting.epoch, label, {}, to_wire(self._layout), last)
+            cleared = bool(self._ask(fleet.cleared.remote(ticket)))
+        with self._telling(ticket) as end:
+            if self._tell(cleared):
+                with _whole(gather(self._dtype(meeting))) as given:
+                    end.sent = self._ipc.send(given, self._layout, meeting.bucket_bytes, hand_out)
+        return dict(self._ask(going)) | _sent_metrics(end.sent) if going is not None else {}
+
+    @contextlib.contextmanager
+    def _telling(self, ticket: str) -> Iterator[_End]:
+        """Tells the fleet how the block's pass ended, however that was. What broke the pass alone ends here; it can be met anew."""
+        end = _End()
+        try:
+            yield end
+        except (CollectiveError, SegmentError) as error:
+            end.reason, end.stuck = one_line(error), isinstance(error, Stuck)
+        except BaseException as error:
+            end.reason = one_line(error) or type(error).__name__
+            raise
+        finally:
+            if self._rank == 0:
+                self._ask(self._setup.fleet.sent.remote(ticket, end.sent.checksum if end.sent else "", end.reason))
+
+    def _die(self, reason: str) -> None:
+        """Ends this process, in which a call hangs that nothing else can end. Ray Train starts all ranks again."""
+        with contextlib.suppress(Exception):
+            self._ask(self._setup.buffer.event.remote(f"the learner is started again: {reason}"))
+        os._exit(1)
 
     def _sender_of(self, meeting: Meeting) -> Sender:
         """The way out of the meeting's epoch. One of an epoch before is left."""
@@ -233,15 +263,18 @@ class Publisher:
             dist.broadcast_object_list(words, src=0)
         return words[0]
 
+    def _everybody(self, word: Any) -> list[Any]:
+        """What every rank says, in their order, on every rank."""
+        words = [word] * self._world
+        if self._world > 1:
+            dist.all_gather_object(words, word)
+        return words
+
     def _all_devices(self) -> tuple[str, ...]:
         mine = ""
         if self._device.type == "cuda":
             mine = str(torch.cuda.get_device_properties(self._device).uuid)
-        found = [mine]
-        if self._world > 1:
-            found = [""] * self._world
-            dist.all_gather_object(found, mine)
-        return tuple(device for device in found if device)
+        return tuple(device for device in self._everybody(mine) if device)
 
     def _dtype(self, meeting: Meeting) -> torch.dtype | None:
         if meeting.dtype:

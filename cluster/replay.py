@@ -328,7 +328,10 @@ def run_replay(config: RunConfig) -> dict[str, Any]:
             )
             staff = Staff(config, setup, source)
             learner = LearnerRun(
-                Setup(model, train, config.learner, staff.buffer, None, "", str(folder.checkpoints)), folder.path
+                Setup(
+                    model, train, config.learner, staff.buffer, None, "", str(folder.checkpoints), token=folder.token
+                ),
+                folder.path,
             )
             stack.callback(learner.end)
             watch(staff, learner, teller, config.watch, train.batch_timeout_s)

@@ -27,7 +27,7 @@ from agents.types import Group, Task
 from cluster.config import as_saved, load_saved, save_resolved
 from cluster.errors import UserError
 from cluster.mirror import fetch, holds, mirrored
-from cluster.storage import folder_path, is_object_store, join
+from cluster.storage import folder_path, is_object_store, join, leave_token
 from retrieval.manifest import digest
 
 WHOLE_TRAJECTORIES = 12
@@ -59,6 +59,8 @@ class RunFolder:
     """What a person should know about the resumption."""
     uri: str = ""
     """Where it is copied to; empty where storage is a folder."""
+    token: str = ""
+    """What lies in the folder of checkpoints, for learners on other nodes to know it by (`cluster.storage`)."""
 
     @property
     def checkpoints(self) -> Path:
@@ -114,7 +116,7 @@ def open_run(config: Any) -> Iterator[RunFolder]:
         if lines or not resumed:
             save_resolved(config, run_dir / CONFIG)
         with mirrored(run_dir, uri) if uri else contextlib.nullcontext():
-            yield RunFolder(run_dir, resumed, tuple(lines), uri)
+            yield RunFolder(run_dir, resumed, tuple(lines), uri, leave_token(run_dir / "checkpoints"))
 
 
 def run_uri(storage_path: str, name: str) -> str:

@@ -9,8 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cluster.handover import Handover, handover
 from cluster.memory import GIB as GIB
-from cluster.memory import PROCESS_GIB, LearnerBytes, engine_bytes, largest_tensor, learner_bytes, total
+from cluster.memory import (
+    PROCESS_GIB,
+    LearnerBytes,
+    adapter_parameters,
+    engine_bytes,
+    largest_tensor,
+    learner_bytes,
+    total,
+)
 from cluster.model import ModelShape
 from retrieval.config import legs_of
 
@@ -134,9 +143,35 @@ def trains_on_gpu(config: RunConfig) -> bool:
     return bool(config.train.worker_gpus) or shares_gpus(config)
 
 
+def transport_of(config: RunConfig, *, beside: bool = False) -> str:
+    """How weights reach the engines, as far as the configuration tells. `beside`: learners and engines have some GPU in common."""
+    if config.learner.lora.publish == "adapter":
+        return "shm"
+    if config.fleet.transport != "auto":
+        return config.fleet.transport
+    if not (config.fleet.num_gpus and trains_on_gpu(config)):
+        return "shm"  # or relay: the same segments, and a copy of them on other nodes
+    return "ipc" if beside or shares_gpus(config) else "nccl"
+
+
+def handover_of(config: RunConfig, shape: ModelShape, *, beside: bool = False) -> Handover:
+    """What a publish adds on either side."""
+    engine, train = config.engine, config.train
+    return handover(
+        transport_of(config, beside=beside), shape, bucket_bytes=config.fleet.bucket_mb << 20,
+        itemsize=itemsize(engine, on_cpu=not config.fleet.num_gpus), ranks=train.num_workers, devices=engine.tensor_parallel,
+        adapters=adapter_parameters(config.learner.lora, shape) if config.learner.lora.publish == "adapter" else 0,
+    )  # fmt: skip
+
+
 def published_gib(config: RunConfig, shape: ModelShape) -> float:
-    """Shared memory of published weights: those that engines read, and those before them."""
-    return 2 * gib(shape.num_parameters * itemsize(config.engine, on_cpu=not config.fleet.num_gpus))
+    """Memory of the machine for weights on their way: in shared memory those that engines read and those before them, or the buckets of a
+    broadcast between CPUs. What goes from GPU to GPU takes none."""
+    kind, workers = transport_of(config), config.fleet.num_engines * config.engine.tensor_parallel
+    if kind in ("shm", "relay"):
+        adapters = adapter_parameters(config.learner.lora, shape) if config.learner.lora.publish == "adapter" else 0
+        return 2 * gib((adapters or shape.num_parameters) * itemsize(config.engine, on_cpu=not config.fleet.num_gpus))
+    return gib((1 + workers) * total(handover_of(config, shape).host))
 
 
 def host_gib(config: RunConfig, shape: ModelShape) -> float:

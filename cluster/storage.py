@@ -20,6 +20,8 @@ from cluster.nodes import Answer, Node, on_each
 
 CHUNK_BYTES = 8 << 20
 _PROBE = ".gumshoe-probe-"
+TOKEN = ".gumshoe-token"
+"""File of a run's folder by which a process on any node knows that it sees that folder, and not one of its own by the same name."""
 _PROBE_S = 5.0
 """A network file system may show a new file some seconds late."""
 
@@ -174,6 +176,23 @@ def prove_shared(folder: Path, nodes: Sequence[Node], ask: Callable[..., list[An
             f"storage_path {folder} is not shared: node {blind[0].node.name} ({blind[0].node.id[:8]}){more} of {len(nodes)} does not see what the "
             f"driver writes there ({why}); give a folder that all nodes mount, or a URI such as s3://bucket/runs"
         )
+
+
+def leave_token(folder: Path) -> str:
+    """A new token in a folder, for `sees_token` on nodes that join later."""
+    token = secrets.token_hex(16)
+    part = folder / f".part-{TOKEN}"
+    part.write_text(token, encoding="utf-8")
+    part.replace(folder / TOKEN)
+    return token
+
+
+def sees_token(folder: str, token: str, patience_s: float = _PROBE_S) -> bool:
+    """Whether this node sees the folder in which that token was left."""
+    deadline = time.monotonic() + patience_s
+    while (found := read_probe(f"{folder}/{TOKEN}", 0.0)) != token and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found == token
 
 
 def read_probe(path: str, patience_s: float = _PROBE_S) -> str:

@@ -76,7 +76,7 @@ def run(config: RunConfig) -> dict[str, Any]:
             learner = LearnerRun(
                 Setup(
                     actors.model, config.train, config.learner, actors.buffer, actors.fleet, segments, str(folder.checkpoints), turns_of(config),
-                    config.placement.learner, folder.uri,
+                    actors.learner_place, folder.uri, folder.token,
                 ),
                 run_dir,
             )  # fmt: skip

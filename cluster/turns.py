@@ -198,7 +198,7 @@ def shared_device(
     if len(here) != num_local:
         raise UserError(
             f"layout.kind=collocated needs one learner on each GPU of the engines, and a node has {num_local} learners beside {len(here)} such "
-            "GPUs; place both alike (placement.sampler and placement.learner with the same labels and strategy), or use one node"
+            "GPUs: engines have moved to another node, or one is missing; start the run again with resume=, or set layout.kind=split"
         )
     mine = here[local_rank]
     if visible is None:

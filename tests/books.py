@@ -131,6 +131,9 @@ class Books:
     def _order(self, line: Mapping[str, Any]) -> None:
         """Where the order of tasks stands: says nothing about leases."""
 
+    def _masks(self, line: Mapping[str, Any]) -> None:
+        """Where the watch over masked rollouts stands: nor does this."""
+
     def _lose(self, line: Mapping[str, Any]) -> None:
         assert line["reason"], "dropped without a reason"
         assert set(line["places"]) <= {RUNNING, READY, BATCH}, "what was trained cannot be lost"

@@ -1,11 +1,11 @@
 """Checkpoints of the learner: whole or absent, checked when read.
 
-Invariants: a checkpoint folder appears by one rename, after all its files are on disk; its `manifest.json` holds the size and
-sha256 of every file; a damaged file is named before anything is loaded. The folder is a Hugging Face model directory (config,
-safetensors with adapters merged, tokenizer), so it can be evaluated or warm-started from as it stands; `trainer.pt` holds
-the rest (optimiser, random state, adapters), `critic.pt` the critic where there is one, and both are read with weights_only, so
-they can run no code. A sharded checkpoint has tensors of the rest, and the critic's, in `shards/`, and its weights in several files.
-Either loads on any number of ranks.
+Invariants: a checkpoint folder appears by one rename, after all its files are on disk; one that it replaces stays until then, and
+comes back if that rename never was; its `manifest.json` holds the size and sha256 of every file; a damaged file is named before
+anything is loaded. The folder is a Hugging Face model directory (config, safetensors with adapters merged, tokenizer), so it can be
+evaluated or warm-started from as it stands; `trainer.pt` holds the rest (optimiser, random state, adapters), `critic.pt` the critic
+where there is one, and both are read with weights_only, so they can run no code. A sharded checkpoint has tensors of the rest, and the
+critic's, in `shards/`, and its weights in several files. Either loads on any number of ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FORMAT, SHARDED = 1, 2
 MANIFEST, TRAINER, WEIGHTS, EXTRA = "manifest.json", "trainer.pt", "model.safetensors", "extra.json"
 CRITIC = "critic.pt"
 MEND = "remove this folder and resume from an earlier checkpoint"
-PREFIX, DAMAGED = "step-", "damaged-"
+PREFIX, DAMAGED, REPLACED = "step-", "damaged-", ".replaced"
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -174,6 +174,7 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
     that was found at an earlier start), or when one is of another format.
     """
     lines: list[str] = []
+    _bring_back(folder)
     found = checkpoints(folder)
     for path in reversed(found):
         try:
@@ -198,6 +199,7 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
 
 def prune_checkpoints(folder: str | Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints, and drafts that a killed writer left."""
+    _bring_back(folder)
     for old in checkpoints(folder)[:-keep]:
         os.rename(old, old.with_name(f".{old.name}.old"))  # half a checkpoint must not look like one
     for draft in Path(folder).glob(f".{PREFIX}*"):
@@ -288,14 +290,23 @@ def _publish(draft: Path, path: Path) -> None:
     for file in draft.rglob("*"):
         _fsync(file)
     _fsync(draft)
-    if path.exists():  # a folder cannot be renamed over a full one: set the old one aside first
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        os.rename(path, old)
-        os.rename(draft, path)
+    old = path.with_name(f".{path.name}{REPLACED}")
+    if path.exists():  # a folder cannot be renamed over a full one
         shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(draft, path)
+        os.rename(path, old)
+    os.rename(draft, path)
     _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _bring_back(folder: str | Path) -> None:
+    """Checkpoints whose writer was killed after it had set them aside, and before the new one was there."""
+    for old in Path(folder).glob(f".{PREFIX}*{REPLACED}"):
+        path = old.with_name(old.name.removeprefix(".").removesuffix(REPLACED))
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, path)
 
 
 def _fsync(path: Path) -> None:

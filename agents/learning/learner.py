@@ -209,7 +209,8 @@ class Learner:
             (moving if learns or self.critic is not None else still).append(i)
         for trained in self._all_trained:
             trained.zero_grad()
-        loss, positions, shared = 0.0, 0.0, 0.0
+        positions, shared = 0.0, 0.0
+        summed = torch.zeros(1, dtype=torch.float64, device=device)  # read at the end: that waits for the device
         # Forward-only passes come first: a backward pass afterwards lets FSDP give back what they gathered.
         for chosen, backward in ((still, False), (moving, True)):
             batches = packing.pack(
@@ -223,14 +224,14 @@ class Learner:
             for batch in batches:
                 batch = batch if self.context is None else self.context.part(batch)
                 value, record = self._pass(batch.to(device), backward)
-                loss += value
+                summed += value
                 if batch.samples:
                     positions += batch.token_ids.numel()
                     shared += batch.shared_tokens * self._counts
                     records.append(record)
             if not (backward and self._policy_learns) and batches:
                 settle(self.model)
-        loss = sum_over_ranks([loss], device, self.group)[0]
+        loss = sum_over_ranks(summed, device, self.group)[0]
         norms = [trained.gradient_norm() for trained in self._all_trained]
         if _finite(loss, *norms):
             for trained, norm in zip(self._all_trained, norms, strict=True):
@@ -239,7 +240,7 @@ class Learner:
         self._watch.lap("optimiser")
         return loss, norms, (positions, shared)
 
-    def _pass(self, batch: packing.MicroBatch, backward: bool) -> tuple[float, dict[str, Tensor]]:
+    def _pass(self, batch: packing.MicroBatch, backward: bool) -> tuple[Tensor, dict[str, Tensor]]:
         critic, learns = self.critic, backward and self._policy_learns
         with_values = critic is not None and critic.shared
         with nullcontext() if learns or with_values else torch.no_grad():
@@ -266,7 +267,7 @@ class Learner:
             self._backward(total, self.model if critic is None else critic.model)
         stats = {name: values.detach() for name, values in stats.items()}
         stats["staleness"] = torch.where(batch.versions >= 0, self.batches - batch.versions, 0).float()
-        return float(loss.detach()), stats
+        return loss.detach(), stats
 
     def _backward(self, loss: Tensor, model: PolicyModel) -> None:
         # FSDP averages gradients over ranks; the coefficients already count all of them.
@@ -292,7 +293,7 @@ class Learner:
         none = torch.zeros(0, device=device)
         names = union_over_ranks({name for r in records for name in r} | {"ratio", "staleness"}, self.group)
         values = {n: torch.cat([r[n].float() for r in records if n in r] or [none]) for n in names}
-        sums = sum_over_ranks([float(v.double().sum()) for v in values.values()], device, self.group)
+        sums = sum_over_ranks(torch.stack([v.double().sum() for v in values.values()]), device, self.group)
         counts = sum_over_ranks([len(v) for v in values.values()], device, self.group)
         means = {n: total / count for n, total, count in zip(names, sums, counts, strict=True) if count}
         out = {n: m for n, m in means.items() if n not in ("ratio", "staleness")}

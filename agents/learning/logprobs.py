@@ -2,7 +2,8 @@
 
 Invariants: at most `max_elements` float32 logits exist per block (a few such blocks at a time); gradients are exact;
 results do not depend on the chunk size. The distribution is the one the sampler drew from: logits divided by the
-sampling temperature of each token. Axes: N tokens, D hidden, V vocabulary.
+sampling temperature of each token. Under autocast all three products (logits, and both gradients) are of its type, as autocast has it
+for the first alone; what is summed up is float32. Axes: N tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor,
         chunk: int, keep: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        master_dtype = weight.dtype
+        dtypes = (hidden.dtype, weight.dtype)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device) and hidden.dtype is torch.float32:
+            hidden = hidden.to(torch.get_autocast_dtype(device))  # once, and not anew with each chunk and each pass
         weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)
         logprobs, entropies, normalisers, kept = [], [], [], []
@@ -61,14 +65,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if keep:
                 kept.append(probs)
         logprob, entropy, lse = _join(logprobs, hidden), _join(entropies, hidden), _join(normalisers, hidden)
-        ctx.chunk, ctx.master_dtype = chunk, master_dtype
-        # Logits computed anew must come in the precision of these: `exp(logits - lse)` is else no distribution.
-        device = hidden.device.type
-        ctx.autocast = (
-            {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": True}
-            if torch.is_autocast_enabled(device)
-            else {"device_type": device, "enabled": False}
-        )
+        ctx.chunk, ctx.dtypes = chunk, dtypes
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, target, temperature, lse, entropy, kept[0] if kept else None)
         return logprob, entropy
@@ -77,10 +74,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, temperature, lse, entropy, kept = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        # As autocast has it forward; else both products below would be float32, which a GPU computes an order of magnitude slower.
-        if ctx.autocast["enabled"] and hidden.is_cuda and hidden.dtype is torch.float32:
-            hidden, weight = hidden.to(ctx.autocast["dtype"]), weight.to(ctx.autocast["dtype"])
+        grad_hidden = torch.zeros_like(hidden, dtype=ctx.dtypes[0]) if needs_hidden else None
         # Sums over chunks are kept in at least float32.
         wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
@@ -92,8 +86,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if kept is not None:
                 probs = kept
             else:
-                with torch.autocast(**ctx.autocast):
-                    logits = _scaled_logits(hidden[part], weight, bias, temperature[part])
+                logits = _scaled_logits(hidden[part], weight, bias, temperature[part])
                 probs = logits.sub_(lse[part, None]).exp_()
             grad = torch.zeros_like(probs) if grad_logprob is None else probs * -grad_logprob[part, None]
             if grad_logprob is not None:
@@ -108,11 +101,11 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[part]
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
+                grad_bias += grad.sum(0, dtype=wide)
         return (
             grad_hidden,
-            None if grad_weight is None else grad_weight.to(ctx.master_dtype),
-            None if grad_bias is None else grad_bias.to(ctx.master_dtype),
+            None if grad_weight is None else grad_weight.to(ctx.dtypes[1]),
+            None if grad_bias is None else grad_bias.to(ctx.dtypes[1]),
             None, None, None, None,
         )  # fmt: skip
 

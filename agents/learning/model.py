@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from agents.learning import attention
 from agents.learning.config import LearnerConfig
@@ -25,6 +26,9 @@ from agents.learning.logprobs import token_logprobs
 from agents.learning.lora import LoraLinear, apply_lora, merge
 from agents.learning.packing import MicroBatch
 from agents.learning.weights import full, unstack
+
+BLOCK = 128
+"""Side of FlexAttention's blocks."""
 
 
 class ModelError(ValueError):
@@ -165,16 +169,35 @@ class PolicyModel(nn.Module):
 
 
 def block_mask(batch: MicroBatch) -> Any:
-    """The micro-batch's mask as FlexAttention's BlockMask: blocks of 128 x 128 entries that nobody may see are not computed."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """The micro-batch's mask as FlexAttention's BlockMask: blocks of 128 x 128 entries that nobody may see are not computed.
+
+    Made from the least and the greatest end in each block of columns; torch's `create_block_mask` finds the same blocks by way of
+    all L x L entries.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
 
     ends = batch.ends
+    rows, columns = ends.shape
 
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (kv <= q) & (q < ends[b, kv])
 
-    rows, columns = ends.shape
-    return create_block_mask(visible, rows, None, columns, columns, device=ends.device)
+    missing = -columns % BLOCK
+    first = torch.arange(0, columns, BLOCK, device=ends.device)[:, None]  # of queries, down the table
+    least, greatest = (pad(ends, (0, missing), value=v).view(rows, 1, -1, BLOCK) for v in (columns + BLOCK, 0))
+    before = first > first.T
+    # Below the diagonal a block's columns all come before its queries. On it every token sees itself, and the first not the second.
+    full = before & (least.amin(-1)[:, :, None] >= first + BLOCK)
+    partial = (before & (greatest.amax(-1)[:, :, None] > first) & ~full) | (first == first.T)
+    return BlockMask.from_kv_blocks(
+        *_listed(partial), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(columns, columns)
+    )
+
+
+def _listed(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a table of blocks, bool [..., queries, columns]: how many each row has, and which, in front of the others."""
+    order = table.byte().argsort(dim=-1, descending=True, stable=True)
+    return table.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 def load_model(

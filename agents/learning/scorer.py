@@ -63,14 +63,17 @@ def _score(
     if is_sharded(model):
         most = int(max_over_ranks([len(batches)], model.device, group)[0])
         batches += [packing.dummy()] * (most - len(batches))
+    scored: list[tuple[packing.MicroBatch, torch.Tensor]] = []
     with torch.no_grad():
         for batch in batches:
             batch = batch if context is None else context.part(batch)
             found = model(batch.to(model.device), logprobs=logprobs, values=not logprobs, context=context)
-            place = (batch.position_ids.flatten()[batch.source] + 1).numpy()  # the token stands behind what predicts it
-            index, values_N = batch.sample_index.numpy(), found[0].cpu().numpy()
-            for i in batch.samples:
-                out[i][place[index == i]] = values_N[index == i]
+            scored.append((batch, found[0]))
+    for batch, values in scored:  # only now: reading a value waits for the device
+        place = (batch.position_ids.flatten()[batch.source] + 1).numpy()  # the token stands behind what predicts it
+        index, values_N = batch.sample_index.numpy(), values.cpu().numpy()
+        for i in batch.samples:
+            out[i][place[index == i]] = values_N[index == i]
     if batches:
         settle(model)
     return out if context is None else context.join(out, model.device)

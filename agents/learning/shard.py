@@ -59,9 +59,9 @@ def settle(model: torch.nn.Module) -> None:
 
 
 def sum_over_ranks(
-    values: Iterable[float], device: torch.device, group: dist.ProcessGroup | None = None
+    values: Iterable[float] | Tensor, device: torch.device, group: dist.ProcessGroup | None = None
 ) -> list[float]:
-    """Element-wise float64 sums over ranks."""
+    """Element-wise float64 sums over ranks. A tensor may lie on the device already."""
     return _reduce(values, dist.ReduceOp.SUM, device, group)
 
 
@@ -111,9 +111,13 @@ def _one_hot(value: float, group: dist.ProcessGroup | None) -> list[float]:
 
 
 def _reduce(
-    values: Iterable[float], op: dist.ReduceOp, device: torch.device, group: dist.ProcessGroup | None
+    values: Iterable[float] | Tensor, op: dist.ReduceOp, device: torch.device, group: dist.ProcessGroup | None
 ) -> list[float]:
-    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
+    if isinstance(values, Tensor):
+        tensor = values.to(device, torch.float64, copy=True)
+    else:
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
     if world_size(group) > 1:
         dist.all_reduce(tensor, op=op, group=group)
-    return [float(v) for v in tensor]
+    found: list[float] = tensor.tolist()  # the device is waited for once
+    return found

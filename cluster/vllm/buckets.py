@@ -4,6 +4,7 @@ Both sides of a collective cut by the same rule from the same layout, so that th
 
 Invariants:
 - A bucket holds at most the asked number of bytes; a tensor that is larger travels alone, whole.
+- Every weight begins where its element type may begin. A `dense` bucket ends where that would take a gap.
 - Weights keep their order, and every one lies in exactly one bucket.
 - `StreamDigest` depends on names, types, shapes and every byte in its place, and not on where the buckets were cut or on
   which device it was computed.
@@ -40,8 +41,8 @@ class Bucket:
     """Of the payload, padding included."""
 
 
-def cut(layout: Layout, bucket_bytes: int) -> list[Bucket]:
-    """The buckets of these weights."""
+def cut(layout: Layout, bucket_bytes: int, *, dense: bool = False) -> list[Bucket]:
+    """The buckets of these weights. `dense`: without gaps in them, as vLLM reads a packed buffer."""
     buckets: list[Bucket] = []
     names: list[str] = []
     offsets: list[int] = []
@@ -56,8 +57,9 @@ def cut(layout: Layout, bucket_bytes: int) -> list[Bucket]:
         end = 0
 
     for name, spec in layout.items():
-        begin = -(-end // _ALIGN) * _ALIGN
-        if names and begin + spec.nbytes > bucket_bytes:
+        begin = end if dense else -(-end // _ALIGN) * _ALIGN
+        gap = dense and begin % torch_dtype(spec.dtype).itemsize
+        if names and (gap or begin + spec.nbytes > bucket_bytes):
             close()
             begin = 0
         names.append(name)
@@ -67,14 +69,15 @@ def cut(layout: Layout, bucket_bytes: int) -> list[Bucket]:
     return buckets
 
 
-def largest(layout: Layout, bucket_bytes: int) -> int:
-    """Bytes of the largest payload: the buffer that any bucket fits into."""
-    return max((bucket.nbytes for bucket in cut(layout, bucket_bytes)), default=0)
+def largest(buckets: Iterable[Bucket]) -> int:
+    """Bytes of the largest payload: the buffer that any of them fits into."""
+    return max((bucket.nbytes for bucket in buckets), default=0)
 
 
-def pack(bucket: Bucket, weights: Iterator[tuple[str, torch.Tensor]], device: torch.device | str) -> torch.Tensor:
-    """The payload (uint8, on `device`) of a bucket, from the next weights. Raises SegmentError where they differ from the layout."""
-    payload = torch.empty(bucket.nbytes, dtype=torch.uint8, device=device)
+def pack(bucket: Bucket, weights: Iterator[tuple[str, torch.Tensor]], into: torch.Tensor | None = None) -> torch.Tensor:
+    """The payload (uint8) of a bucket, from the next weights: the beginning of `into`, or on the CPU. Raises SegmentError where they
+    differ from the layout."""
+    payload = torch.empty(bucket.nbytes, dtype=torch.uint8) if into is None else into[: bucket.nbytes]
     for name, spec, offset in zip(bucket.names, bucket.specs, bucket.offsets, strict=True):
         given = next(weights, None)
         if given is None:

@@ -35,6 +35,9 @@ _POLL_S = 0.02
 _ASK_S = 0.25
 """How often the learner asks whether waiting for the others still makes sense."""
 _GO, _OFF = b"go", b"off"
+GATHER_SHARE, ARRIVE_SHARE = 0.5, 0.6
+"""Of a limit that holds meeting and joining both: what the learner waits for the others, and what they wait for its word. They wait
+longer, so that nobody has left when it lets them in."""
 
 
 class CollectiveError(RuntimeError):
@@ -164,7 +167,7 @@ def send(weights: Iterable[tuple[str, torch.Tensor]], layout: Layout, group: Gro
     sender = ThreadPoolExecutor(1, "publish-send")
     try:
         for bucket in cut(layout, bucket_bytes):
-            payload = pack(bucket, iterator, "cpu")
+            payload = pack(bucket, iterator)
             for name, tensor in unpack(bucket, payload):
                 digest.add(name, tensor)
             nbytes += bucket.nbytes

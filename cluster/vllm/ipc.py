@@ -17,6 +17,15 @@ _SIZES = (1, 2)
 """Positions of shape and stride."""
 
 
+def export(buffer: torch.Tensor) -> tuple[str, list[Any]]:
+    """(id of its GPU, handle) of a buffer of bytes that processes beside this one may map. Each call is an export of its own, which torch
+    wants mapped and let go of exactly once."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    _, arguments = reduce_tensor(buffer)
+    return str(torch.cuda.get_device_properties(buffer.device).uuid), to_plain(arguments)
+
+
 def to_plain(arguments: Sequence[Any]) -> list[Any]:
     """What `torch.multiprocessing.reductions.reduce_tensor` said of a packed buffer. Raises ValueError for anything else."""
     plain: list[Any] = []

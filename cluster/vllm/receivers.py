@@ -8,14 +8,14 @@ Invariants:
 - What comes by a collective is loaded as it comes. Until it is whole the model is of no use, and the state machine
   keeps the engine held.
 - A group of an epoch that is over is closed before the next one is met, and weights of another epoch are refused.
-- No wait is longer than its deadline. NCCL knows none: its communicator is aborted from a second thread.
+- No wait is longer than its deadline. NCCL knows none: see `deadline.py`. A worker that hangs in it for good says so whatever it is asked,
+  so that the fleet starts the engine again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,8 @@ from vllm.distributed.weight_transfer.base import (
 
 from cluster.membership import EpochGuard
 from cluster.vllm.buckets import StreamDigest, from_wire
-from cluster.vllm.collective import CollectiveError, GlooGroup, arrive, receive
+from cluster.vllm.collective import ARRIVE_SHARE, CollectiveError, GlooGroup, arrive, receive
+from cluster.vllm.deadline import Stuck, aborted_after, joined
 from cluster.vllm.expected import expected_layout, optional_names
 from cluster.vllm.ipc import from_plain
 from cluster.vllm.reload import Reload
@@ -243,24 +244,29 @@ class _Nccl:
         self._engine: Any = NCCLWeightTransferEngine(*parts)
         self._engine.model = self._loads  # it calls nothing but `load_weights`
         self._limit_s = 0.0
+        self._stuck = ""
         self.checksum: str | None = None
 
     def meet(self, epoch: int, info: Fields) -> None:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo
 
         self.shutdown()
-        self._limit_s = info["limit_s"]
+        began, self._limit_s = time.monotonic(), info["limit_s"]
         # NCCL waits for a missing rank without end, so everybody shows up here first.
-        arrive(info, epoch, info["rank_offset"] + worker_rank(self._loads.parallel), self._limit_s)
-        self._engine.init_transfer_engine(
-            NCCLWeightTransferInitInfo(
-                rank_offset=info["rank_offset"],
-                world_size=info["world_size"],
-                nccl_unique_id_b64=info["unique_id"],
-                packed=True,
-                packed_buffer_size_bytes=info["bucket_bytes"],
-            )
+        rank = info["rank_offset"] + worker_rank(self._loads.parallel)
+        arrive(info, epoch, rank, ARRIVE_SHARE * self._limit_s)
+        told = NCCLWeightTransferInitInfo(
+            rank_offset=info["rank_offset"],
+            world_size=info["world_size"],
+            nccl_unique_id_b64=info["unique_id"],
+            packed=True,
+            packed_buffer_size_bytes=info["bucket_bytes"],
         )
+        try:
+            joined(began + self._limit_s - time.monotonic(), lambda: self._engine.init_transfer_engine(told))
+        except Stuck as error:  # a peer was lost after it had shown up
+            self._stuck = str(error)
+            raise
 
     def start(self) -> None:
         self._loads.start()
@@ -283,6 +289,8 @@ class _Nccl:
         self._loads.reload.abort()
 
     def shutdown(self) -> None:
+        if self._stuck:
+            raise Stuck(self._stuck)
         self._engine.shutdown()
 
 
@@ -337,27 +345,3 @@ def vllm_names(layout: Fields) -> dict[str, list[Any]]:
     """A layout (`buckets.to_wire`) in the words of vLLM's update infos."""
     dtypes = [str(torch_dtype(name)).removeprefix("torch.") for name in layout["dtypes"]]
     return {"names": list(layout["names"]), "dtype_names": dtypes, "shapes": [list(s) for s in layout["shapes"]]}
-
-
-@contextlib.contextmanager
-def aborted_after(limit_s: float, communicator: Any) -> Iterator[None]:
-    """Ends what hangs in an NCCL communicator (vLLM's `PyNcclCommunicator`). Raises CollectiveError if that was needed."""
-    late = threading.Event()
-
-    def end() -> None:
-        late.set()
-        communicator.destroy()
-
-    timer = threading.Timer(limit_s, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except Exception as error:
-        if not late.is_set():
-            raise
-        raise CollectiveError(f"the broadcast did not end within {limit_s:g} s and was aborted") from error
-    finally:
-        timer.cancel()
-    if late.is_set():
-        raise CollectiveError(f"the broadcast did not end within {limit_s:g} s and was aborted")

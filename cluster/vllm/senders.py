@@ -2,23 +2,27 @@
 
 Invariants:
 - Every rank runs through the weights, whoever sends; gathering them is a collective of the learner's own.
-- Nothing here outlives its epoch: a new one gets a new sender.
-- vLLM is imported only by the ways that need a GPU.
+- A group ends with its epoch: a new one gets a new sender. CUDA IPC has no group, and its buffer stays.
+- vLLM is imported only by the way that needs it.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 
 from cluster.vllm import collective
-from cluster.vllm.buckets import StreamDigest, largest
-from cluster.vllm.collective import CollectiveError, GlooGroup, Rendezvous, Sent
-from cluster.vllm.ipc import to_plain
+from cluster.vllm.buckets import Bucket, StreamDigest, cut, largest, pack
+from cluster.vllm.collective import GATHER_SHARE, CollectiveError, GlooGroup, Rendezvous, Sent
+from cluster.vllm.deadline import aborted_after, joined
+from cluster.vllm.ipc import export
 from cluster.vllm.segment import Layout, torch_dtype
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -79,17 +83,17 @@ class NcclSender:
     def join(self, epoch: int, world_size: int, limit_s: float, over: Callable[[], bool]) -> None:
         from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
-        self._rendezvous.gather(epoch, world_size, limit_s, over)
+        began = time.monotonic()
+        self._rendezvous.gather(epoch, world_size, GATHER_SHARE * limit_s, over)
         device = torch.accelerator.current_device_index()
         with failures("the NCCL group was not met"):
-            self._communicator = uid_init_process_group(self._unique_id, 0, world_size, device)
+            self._communicator = joined(
+                began + limit_s - time.monotonic(),
+                lambda: uid_init_process_group(self._unique_id, 0, world_size, device),
+            )
 
     def send(self, weights: Weights, layout: Layout, bucket_bytes: int, limit_s: float) -> Sent:
-        import time
-
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
-
-        from cluster.vllm.receivers import aborted_after
 
         if self._communicator is None:
             raise CollectiveError("the learner has met nobody")
@@ -109,42 +113,86 @@ class NcclSender:
 
 
 class IpcSender:
-    """vLLM's CUDA IPC trainer engine: each rank gathers into a buffer on its GPU, which the engine there maps.
+    """CUDA IPC: each rank packs its weights into a buffer on its GPU, which the engines there map. For all epochs.
 
-    All ranks send together, a piece at a time, and wait for each other after each. So a failure must not end the pass:
-    `hand_out` of rank 0 fails once, and what comes after is dropped.
+    All ranks send together, a piece at a time, and wait for each other after each; what fails on one of them fails on all.
+
+    The buffer and its export live as long as the sender. torch counts who has let go of an export, and never frees a dropped buffer that
+    not exactly one process has mapped: a pass that broke off before an engine mapped it, a GPU without an engine, or with two of them,
+    would cost a buffer each time.
     """
 
-    endpoint: Mapping[str, Any] = {}
+    def __init__(
+        self, rank: int, device: torch.device, everybody: Callable[[Any], list[Any]],
+        export: Callable[[torch.Tensor], tuple[str, list[Any]]] = export,
+    ) -> None:  # fmt: skip
+        """`everybody`: what each of the learner's ranks says, in their order. `export`: a buffer's GPU and handle."""
+        self._rank, self._device, self._everybody, self._export = rank, device, everybody, export
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._exported: tuple[str, list[Any]] = ("", [])
 
-    def __init__(self, rank: int, hand_out: Callable[[Mapping[str, Any]], None]) -> None:
-        self._rank = rank
-        self._hand_out = hand_out
+    def send(
+        self, weights: Weights, layout: Layout, bucket_bytes: int, hand_out: Callable[[Mapping[str, Any]], None]
+    ) -> Sent:
+        """`hand_out`: of rank 0; one piece to all engines, returns when they have taken it. Raises CollectiveError on every rank, with
+        the weights left where they were."""
+        began, digest = time.perf_counter(), StreamDigest()
+        given, buckets = iter(weights), cut(layout, bucket_bytes, dense=True)
+        handles = dict(self._together(lambda: self._ready(largest(buckets))))
+        for bucket in buckets:
+            self._together(partial(self._fill, bucket, given, digest))
+            piece = {**_in_words(bucket), "handles": handles}
+            self._together(partial(hand_out, piece) if self._rank == 0 else lambda: None)
+        if (left := next(given, None)) is not None:
+            raise CollectiveError(f"the learner gathered {left[0]!r}, which was not announced")
+        return Sent(digest.hexdigest(), sum(bucket.nbytes for bucket in buckets), time.perf_counter() - began)
 
-    def join(self, epoch: int, world_size: int, limit_s: float, over: Callable[[], bool]) -> None:
-        """Handles need no meeting."""
+    def _ready(self, nbytes: int) -> tuple[str, list[Any]]:
+        if self._buffer.numel() < nbytes:
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            self._buffer, self._exported = buffer, self._export(buffer)
+        return self._exported
 
-    def send(self, weights: Weights, layout: Layout, bucket_bytes: int, limit_s: float) -> Sent:
-        import time
+    def _fill(self, bucket: Bucket, weights: Iterator[tuple[str, torch.Tensor]], digest: StreamDigest) -> None:
+        gathered = islice(weights, len(bucket.names))
 
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerWeightTransferEngine
+        def summed() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in gathered:
+                digest.add(name, tensor)
+                yield name, tensor
 
-        began, source, client = time.perf_counter(), Source(weights, layout), Told(self._hand_out)
-        engine = IPCTrainerWeightTransferEngine(
-            client=client,
-            source=source,
-            is_sender=self._rank == 0,
-            packed=True,
-            packed_buffer_size_bytes=largest(layout, bucket_bytes),
-        )
-        with failures("the weights were not laid down"):
-            engine.send_weights()
-        if client.failure is not None:
-            raise CollectiveError(f"an engine did not take the weights: {client.failure}") from client.failure
-        return Sent(source.digest.hexdigest(), source.nbytes, time.perf_counter() - began)
+        try:
+            pack(bucket, summed(), self._buffer)
+        finally:
+            for _ in (
+                gathered
+            ):  # gathering is a collective: a rank that fails does its part of this piece's, and then says so
+                pass
+        if self._device.type == "cuda":  # nothing orders the streams of two processes
+            torch.cuda.current_stream(self._device).synchronize()
 
-    def close(self) -> None:
-        """Buffers end with each pass."""
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """What each rank's part of a work gives. Raises CollectiveError on all of them, with what went wrong on the first."""
+        result, reason = None, ""
+        try:
+            result = work()
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        said = self._everybody((reason, result))
+        failed = next((f"rank {rank}: {text}" for rank, (text, _) in enumerate(said) if text), "")
+        if failed:
+            raise CollectiveError(f"the weights were not taken: {failed}")
+        return [found for _, found in said]
+
+
+def _in_words(bucket: Bucket) -> dict[str, list[Any]]:
+    """A bucket as vLLM's update info has it."""
+    return {
+        "names": list(bucket.names),
+        "dtype_names": [str(torch_dtype(spec.dtype)).removeprefix("torch.") for spec in bucket.specs],
+        "shapes": [list(spec.shape) for spec in bucket.specs],
+        "tensor_sizes": [spec.nbytes for spec in bucket.specs],
+    }
 
 
 @contextlib.contextmanager
@@ -180,11 +228,7 @@ class Source:
 
 
 class Told:
-    """vLLM's client protocol where the fleet already walks the engines through the phases: only pieces are passed on."""
-
-    def __init__(self, hand_out: Callable[[Mapping[str, Any]], None] | None = None) -> None:
-        self._hand_out = hand_out
-        self.failure: Exception | None = None
+    """vLLM's client protocol where the fleet already walks the engines through the phases: there is nothing to tell them."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Done at INIT, with an offset for each engine."""
@@ -193,15 +237,7 @@ class Told:
         """Done at START."""
 
     def update_weights(self, update_info: Any) -> None:
-        if self._hand_out is None or self.failure is not None:
-            return
-        info = dict(update_info)
-        handles = {device: to_plain(arguments) for device, arguments in info["ipc_handles"].items()}
-        names = {key: info[key] for key in ("names", "dtype_names", "shapes", "tensor_sizes")}
-        try:
-            self._hand_out({**names, "handles": handles})
-        except Exception as error:
-            self.failure = error
+        """Done at UPDATE."""
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Done at FINISH."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol
 
+from cluster.errors import one_line
 from cluster.vllm.segment import Manifest, SegmentError, ShmWriter
 
 __all__ = [
@@ -363,4 +364,4 @@ class _Track:
 def _reason(error: Exception, phase: Phase, limit_s: float) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer to {phase} within {limit_s:g} s"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__

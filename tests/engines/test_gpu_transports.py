@@ -5,6 +5,7 @@ between processes replaced. What is left unproven is listed in `docs/publishing.
 from __future__ import annotations
 
 import base64
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +15,17 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
+from vllm.distributed.weight_transfer import nccl_engine
 from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
-from vllm.distributed.weight_transfer.packed_tensor import PackedIpcChunk, unpack_tensor
+from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 
 from cluster.membership import StaleEpoch
 from cluster.vllm import receivers, senders
 from cluster.vllm.buckets import StreamDigest, learn_layout, to_wire
 from cluster.vllm.collective import CollectiveError, Rendezvous
-from cluster.vllm.receivers import Receiver, aborted_after
+from cluster.vllm.deadline import Stuck, aborted_after
+from cluster.vllm.ipc import to_plain
+from cluster.vllm.receivers import Receiver
 from cluster.vllm.segment import SegmentError
 
 WEIGHTS = [(f"w{i}", torch.full((8, i + 1), float(i))) for i in range(4)]
@@ -102,30 +105,98 @@ def test_nccl_joins_by_a_shared_id_under_the_ranks_of_the_epoch_and_loads_what_v
         engine.init_transfer_engine(info)
 
 
-def test_ipc_takes_piece_after_piece_and_lets_go_of_the_buffer_once(
+def test_ipc_takes_piece_after_piece_and_lets_go_of_the_buffer_once_per_update(
     made: tuple[Receiver, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """From the learner's sender to vLLM's consumer; what is not here is the mapping itself."""
     engine, model = made
-    seen: list[Any] = []
+    buffers: list[torch.Tensor] = []
+    mapped: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="gpu"))
+    monkeypatch.setattr(
+        "torch.multiprocessing.reductions.rebuild_cuda_tensor", lambda *args: mapped.append(args) or buffers[0]
+    )
 
-    def consume(ipc_handle: Any, names: Any, tensor_sizes: Any, **_: Any) -> Any:
-        seen.append((ipc_handle, tensor_sizes))
-        return [(name, tensor) for name, tensor in WEIGHTS if name in names]
+    def export(buffer: torch.Tensor) -> tuple[str, list[Any]]:
+        buffers.append(buffer)
+        return "gpu", to_plain(HANDLE)
 
-    monkeypatch.setattr(ipc_engine, "packed_ipc_consumer", consume)
+    sender = senders.IpcSender(0, torch.device("cpu"), lambda word: [word], export)
     engine.init_transfer_engine({"kind": "ipc", "epoch": 1, "packed": True})
-    engine.start_weight_update()
-    for name, tensor in WEIGHTS:
-        piece = {
-            "names": [name],
-            "dtype_names": ["float32"],
-            "shapes": [list(tensor.shape)],
-            "tensor_sizes": [tensor.nbytes],
-        }
-        engine.update_weights({"epoch": 1, **piece, "handles": {"gpu": senders.to_plain(HANDLE)}})
-    engine.finish_weight_update()
-    assert engine.loaded_checksum == digest() and len(model.got) == len(WEIGHTS)
-    assert all(handle == {"gpu": HANDLE} for handle, _ in seen), "a handle was changed on its way"
+    for update in (1, 2):
+        engine.start_weight_update()
+        model.got.clear()
+        handed: list[Any] = []
+
+        def hand_out(piece: Any, handed: list[Any] = handed) -> None:
+            handed.append(piece["names"])
+            engine.update_weights({"epoch": 1, **piece})
+
+        sent = sender.send(iter(WEIGHTS), learn_layout(WEIGHTS), 100, hand_out)
+        engine.finish_weight_update()
+        assert engine.loaded_checksum == digest() == sent.checksum and handed == [["w0", "w1"], ["w2"], ["w3"]]
+        assert all(torch.equal(model.got[name], tensor) for name, tensor in WEIGHTS)
+        assert len(mapped) == update and len(buffers) == 1
+    assert all(tuple(args[:6]) == HANDLE[:6] and args[7:] == HANDLE[7:] for args in mapped), (
+        "a handle was changed on its way"
+    )
+
+    def refuse(_: Any) -> None:
+        raise RuntimeError("an engine is gone")
+
+    gathered = iter(WEIGHTS)
+    with pytest.raises(CollectiveError, match="an engine is gone"):
+        sender.send(gathered, learn_layout(WEIGHTS), 100, refuse)
+    assert len(list(gathered)) == 2, "what the pass has left is for its caller to run through"
+
+
+@pytest.mark.parametrize("side", ["worker", "learner"])
+def test_joining_nccl_has_an_end_and_a_worker_that_hangs_in_it_is_given_up(
+    side: str, made: tuple[Receiver, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(
+        "vllm.distributed.weight_transfer.nccl_common.uid_init_process_group", lambda *_, **__: never.wait()
+    )
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    began = time.monotonic()
+    if side == "learner":
+        sender = senders.NcclSender.__new__(senders.NcclSender)
+        sender._rendezvous = SimpleNamespace(gather=lambda *_: None)  # type: ignore[assignment]
+        sender._unique_id = bytes(128)
+        with pytest.raises(Stuck, match="not joined"):
+            sender.join(1, 2, 0.2, lambda: False)
+    else:
+        engine, _ = made
+        monkeypatch.setattr(receivers, "arrive", lambda *_: None)
+        info = {
+            "kind": "nccl", "epoch": 4, "rank_offset": 3, "world_size": 5, "bucket_bytes": 512, "limit_s": 0.2,
+            "host": "h", "port": 1, "unique_id": base64.b64encode(bytes(128)).decode(),
+        }  # fmt: skip
+        with pytest.raises(Stuck, match="not joined"):
+            engine.init_transfer_engine(info)
+        for then in (engine.abort, lambda: engine.init_transfer_engine({**info, "epoch": 5})):
+            with pytest.raises(CollectiveError, match="cannot be ended"):
+                then()
+    assert time.monotonic() - began < 5
+    never.set()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("NCCL error: remote process exited"), ValueError("yielded 3")])
+def test_what_nccl_reports_is_a_broken_collective(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", fails)
+    monkeypatch.setattr("vllm.distributed.weight_transfer.nccl_common.uid_init_process_group", fails)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    sender = senders.NcclSender.__new__(senders.NcclSender)
+    sender._rendezvous, sender._unique_id = SimpleNamespace(gather=lambda *_: None), bytes(128)  # type: ignore[assignment]
+    with pytest.raises(CollectiveError, match=f"was not met: {error}"):
+        sender.join(1, 2, 5.0, lambda: False)
+    sender._communicator = SimpleNamespace(destroy=lambda: None)
+    with pytest.raises(CollectiveError, match=f"the broadcast failed: {error}"):
+        sender.send(iter(WEIGHTS), learn_layout(WEIGHTS), 512, 5.0)
 
 
 def test_an_update_that_got_nothing_is_not_taken_for_one(made: tuple[Receiver, Model]) -> None:
@@ -138,41 +209,6 @@ def test_an_update_that_got_nothing_is_not_taken_for_one(made: tuple[Receiver, M
         engine.finish_weight_update()
     engine.abort()
     assert engine.loaded_checksum is None
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_learner_sends_by_vllms_ipc_engine_and_runs_through_all_pieces_even_if_an_engine_refuses_one(
-    fails: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="gpu"))
-    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
-
-    def produce(iterator: Any, gpu_uuid: str, buffer_size_bytes: int, **_: Any) -> Any:
-        assert gpu_uuid == "gpu" and buffer_size_bytes == max(t.nbytes for _, t in WEIGHTS), (
-            "the largest tensor must fit"
-        )
-        for name, tensor in iterator:
-            yield PackedIpcChunk([name], [list(tensor.shape)], ["float32"], [tensor.nbytes], {gpu_uuid: HANDLE})
-
-    monkeypatch.setattr(ipc_engine, "packed_ipc_producer", produce)
-    handed: list[Any] = []
-
-    def hand_out(piece: Any) -> None:
-        handed.append(piece["names"])
-        if fails:
-            raise RuntimeError("an engine is gone")
-
-    gathered = iter(WEIGHTS)
-    layout = learn_layout(WEIGHTS)
-    if fails:
-        with pytest.raises(CollectiveError, match="an engine is gone"):
-            senders.IpcSender(0, hand_out).send(gathered, layout, 16, 5.0)
-        assert len(handed) == 1
-    else:
-        sent = senders.IpcSender(0, hand_out).send(gathered, layout, 16, 5.0)
-        assert sent.checksum == digest() and len(handed) == len(WEIGHTS)
-    assert next(gathered, None) is None, "a rank left the pass"
 
 
 def test_the_learner_sends_by_vllms_nccl_engine(monkeypatch: pytest.MonkeyPatch) -> None:

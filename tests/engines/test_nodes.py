@@ -1,11 +1,13 @@
 """Two nodes: what is reserved on them, what they are sent, and a fleet and a retrieval that go on when one of them is lost and returns.
 
 The sampler actors are processes of their own, as always, but have no vLLM behind them; a whole run loses a node in `tests/kills/test_nodes.py`.
+The nodes see the same `tmp_path` and nothing of each other's shared memory, caches and `pair.disk`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -13,17 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from agents.learning.config import LearnerConfig
 from agents.types import Document, Query, Sampling, Version
 from cluster import nodes
 from cluster.errors import UserError
 from cluster.fleet import Fleet, FleetConfig
-from cluster.nodecache import ship
+from cluster.learner import LearnerRun, Setup, TrainConfig
+from cluster.membership import Place
+from cluster.nodecache import at_hand, ship
 from cluster.placement import Demand, RolePlacement, reserve
 from cluster.retrieval_actors import arrange
-from cluster.runtime import RayConfig, ray_session
-from cluster.storage import prove_shared
+from cluster.rundir import segment_dir
+from cluster.runtime import RayConfig, actor, ray_session
+from cluster.sampler import Sampler
+from cluster.storage import leave_token, prove_shared
+from cluster.vllm import relay
 from cluster.vllm.engine import EngineConfig
+from cluster.vllm.segment import Manifest, SegmentReader, ShmWriter
 from retrieval.backend import BackendConfig, build_backend
 from retrieval.service import ServiceConfig
 from tests.support.two_nodes import TwoNodes, two_nodes, within
@@ -87,7 +97,10 @@ def test_every_node_gets_this_checkout_and_reads_what_the_driver_writes(pair: Tw
     assert [n.labels["side"] for n in everyone] == ["head", "other"], "the driver's node comes first"
     answers = nodes.on_each(everyone, where_is_our_code)
     assert all("working_dir_files" in str(a.value) for a in answers), answers
+    assert len({a.value for a in answers}) == 2, "raylets that share the folder take it away from each other"
     prove_shared(tmp_path, everyone)
+    with pytest.raises(UserError, match=r"is not shared: node .* does not see what the driver writes there"):
+        prove_shared(pair.disk, everyone)
     (late,) = nodes.on_each(everyone[:1], slow, timeout_s=0.5)
     assert late.problem == "no answer within 0.5 s"
 
@@ -146,6 +159,119 @@ def test_each_node_serves_a_copy_of_its_own(pair: TwoNodes, tmp_path: Path) -> N
     assert [len(found) for found in copies] == [1, 1], "one on each node's disk, for both of its routers"
     for router in routers:
         ray.kill(router)
+
+
+def files(place: str) -> list[str]:
+    return sorted(str(p) for p in Path(at_hand(place)).iterdir())
+
+
+files.__module__ = "__main__"
+
+
+def test_a_node_that_joins_has_what_only_the_first_one_saw(pair: TwoNodes, tmp_path: Path) -> None:
+    model, second = pair.disk / "model", pair.disk / "second"
+    for folder in (model, second):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    home, other = nodes.living()
+    place = ship(str(model), [home], f"local://{tmp_path}/bucket", joined=True)
+    assert [files(place)] == [a.value for a in nodes.on_each([home], files, place)] == [[str(model / "config.json")]]
+    assert not (tmp_path / "bucket").exists(), "nobody has asked for it"
+    (found,) = nodes.on_each([other], files, place)
+    assert not found.problem and found.value[-1].startswith(f"{pair.folder}/cache-other/model-"), found
+    unseen = ship(str(second), [home], str(pair.disk), joined=True)
+    (found,) = nodes.on_each([other], files, unseen)
+    assert "this node sees neither" in found.problem and "mount one of them" in found.problem, found
+
+
+class Stops:
+    """A `Buffer` for a learner that must not come so far as to use one."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    async def stop(self, reason: str) -> None:
+        self.reason = reason
+
+    async def told(self) -> str:
+        return self.reason
+
+
+Stops.__module__ = "__main__"
+
+
+def test_a_learner_that_does_not_see_the_runs_storage_says_so_and_trains_nothing(
+    pair: TwoNodes, tmp_path: Path
+) -> None:
+    """It was restarted on a node that joined: its own folder of that name is empty, and looks like the beginning of a run."""
+    import ray
+
+    (checkpoints := pair.disk / "run" / "checkpoints").mkdir(parents=True)
+    buffer = actor(Stops).remote()
+    setup = Setup(
+        "unread", TrainConfig(), LearnerConfig(), buffer, None, "", str(checkpoints), place=RolePlacement(labels={"side": "other"}),
+        token=leave_token(checkpoints),
+    )  # fmt: skip
+    learner = LearnerRun(setup, tmp_path)
+    within(240, lambda: not learner.running)
+    reason = ray.get(buffer.told.remote())
+    assert f"does not see {checkpoints} of this run; mount the run's storage on every node that may train" in reason
+
+
+class Receiver(Hollow):
+    """One that reads the weights it is told of."""
+
+    land, _land = Sampler.land, Sampler._land
+
+    def __init__(self, config: Any) -> None:
+        self.label, self.received = config.version, ""
+        self._stack, self._landing = contextlib.ExitStack(), None
+
+    async def facts(self) -> dict[str, Any]:
+        import ray
+
+        return {"node": ray.get_runtime_context().get_node_id(), "devices": [], "num_workers": 1, "dtype": "F32"}
+
+    async def call(self, method: str, *arguments: Any) -> None:
+        if method == "update_weights":
+            reader = SegmentReader(manifest := Manifest.from_dict(arguments[0]["manifest"]))
+            reader.verify_checksum()
+            self.received = manifest.checksum
+
+    async def checksums(self) -> dict[str, Any]:
+        return {"received": self.received}
+
+    async def shutdown(self) -> None:
+        self._stack.close()
+
+
+Receiver.__module__ = "__main__"
+
+
+def test_weights_reach_an_engine_on_another_node_by_relay_alone(
+    pair: TwoNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.fleet.Sampler", Receiver)
+
+    async def story(seats: Any, folder: str) -> None:
+        fleet = Fleet(FleetConfig(num_engines=2), ENGINE, seats=seats)
+        await fleet.start()
+        writer = ShmWriter(folder)
+        manifest = writer.write([("w", torch.arange(1000.0))])
+        (_, seen) = nodes.on_each(nodes.living(), os.path.exists, manifest.path)
+        assert seen.value is False, "the other node has a memory of its own"
+        meeting = await fleet.meet("learner", Place(nodes.here()))
+        assert meeting.kind == "relay"
+        parcel = relay.load(manifest, 1 << 10)
+        report = await fleet.publish(manifest.to_dict(), Version(0, 1).label, parcel)
+        assert report["publish/engines"] == 2 and report["publish/failed"] == 0, await fleet.events()
+        assert [s["received"] for s in (await fleet.verify()).values()] == [manifest.checksum] * 2
+        report = await fleet.publish(writer.write([("w", torch.ones(9))]).to_dict(), Version(0, 2).label, [])
+        assert report["publish/failed"] == 1, "without the parcel there is nothing to read over there"
+        await fleet.shutdown()
+
+    with reserve([samplers(2, RolePlacement("strict_spread"))], 30) as seats, segment_dir() as folder:
+        asyncio.run(story(seats.of("sampler"), folder))
 
 
 def test_a_fleet_that_loses_a_node_goes_on_and_is_whole_again_when_one_joins(

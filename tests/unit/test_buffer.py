@@ -557,3 +557,16 @@ async def test_a_learner_that_does_not_find_the_checkpoint_is_refused():
     await buffer.checkpointed(0, 1)
     with pytest.raises(UserError, match="there was one of step 1: its node does not see"):
         await buffer.enter(None)
+
+
+async def test_nor_is_it_let_in_by_a_buffer_that_came_back(tmp_path):
+    setup = a_setup(journal=str(tmp_path / "ledger.jsonl"))
+    buffer = Buffer(setup, Uniform(TASKS, seed=0))
+    await buffer.enter(None)
+    await buffer.published(0, 0, {})
+    await deliver(buffer, 0)
+    await train(buffer, 0)
+    await Buffer(setup, Uniform(TASKS, seed=0)).enter(None)  # nothing was saved yet: it begins anew
+    await buffer.checkpointed(0, 1)
+    with pytest.raises(UserError, match="there was one of step 1"):
+        await Buffer(setup, Uniform(TASKS, seed=0)).enter(None)

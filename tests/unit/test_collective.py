@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,14 +26,19 @@ from cluster.fleet import Fleet, FleetConfig, _Engine
 from cluster.membership import EpochGuard, Place, StaleEpoch
 from cluster.publisher import Publisher
 from cluster.publishing import Facts
-from cluster.vllm import collective
-from cluster.vllm.buckets import from_wire, learn_layout
+from cluster.vllm import collective, senders
+from cluster.vllm.buckets import StreamDigest, from_wire, learn_layout
 from cluster.vllm.collective import CollectiveError, GlooGroup, Rendezvous, arrive, receive
+from cluster.vllm.deadline import Stuck, joined
 from cluster.vllm.engine import EngineConfig
 from cluster.vllm.handshake import Chunks, Exchange
 from cluster.vllm.segment import ShmWriter
+from cluster.vllm.senders import GlooSender, IpcSender
+from cluster.vllm.transfer import Deadlines
 
 LIMIT_S = 4.0
+EXPORTED: dict[int, torch.Tensor] = {}
+"""Buffers that processes on the same GPU may map, by what stands for a handle."""
 
 
 def weights(step: int) -> list[tuple[str, torch.Tensor]]:
@@ -50,15 +56,27 @@ class Worker:
         self.rank = 0
         self.group: GlooGroup | None = None
         self._info: dict[str, Any] = {}
+        self.gpu = ""
+        self.digest = StreamDigest()
 
     def meet(self, info: dict[str, Any]) -> None:
         self.guard.enter(info["epoch"])
+        if info["kind"] == "ipc":
+            return
         self.rank, self._info = info["rank_offset"] + self.number, info
         store = arrive(info, info["epoch"], self.rank, info["limit_s"])
         self.group = GlooGroup(store, self.rank, info["world_size"], info["limit_s"])
 
     def update(self, info: dict[str, Any]) -> None:
         self.guard.check(info["epoch"])
+        if "handles" in info:  # as vLLM does it: copies of the parts of what is mapped
+            ((key,),) = [handle for gpu, handle in info["handles"].items() if gpu == self.gpu]
+            parts = EXPORTED[key][: sum(info["tensor_sizes"])].split(info["tensor_sizes"])
+            for name, shape, part in zip(info["names"], info["shapes"], parts, strict=True):
+                self.held[name] = part.view(torch.float32).view(shape).clone()
+                self.digest.add(name, self.held[name])
+            self.checksum = self.digest.hexdigest()
+            return
         got: list[tuple[str, torch.Tensor]] = []
         assert self.group is not None
         self.checksum = receive(from_wire(info["layout"]), self.group, self._info["bucket_bytes"], got.extend)
@@ -78,12 +96,15 @@ class Engine:
     num_workers: int = 1
     fails: str = ""
     """Phase method in which it dies."""
+    gpus: tuple[str, ...] = ()
     calls: list[str] = field(default_factory=list)
     label: str = ""
     asleep: bool = False
 
     def __post_init__(self) -> None:
         self.workers = [Worker(i) for i in range(self.num_workers)]
+        for worker, gpu in zip(self.workers, self.gpus, strict=False):
+            worker.gpu = gpu
         self.call = SimpleNamespace(remote=self._call)
         self.checksums = SimpleNamespace(remote=self._checksums)
         self._pool = ThreadPoolExecutor(self.num_workers)
@@ -106,6 +127,9 @@ class Engine:
             self.asleep = False
         elif method == "set_version":
             (self.label,) = args
+        elif method == "start_weight_update":
+            for worker in self.workers:
+                worker.digest = StreamDigest()
         elif method == "abort_weight_update":
             for worker in self.workers:
                 worker.leave()
@@ -141,9 +165,12 @@ class Story:
         self.published: list[int] = []
         self.gathers = [0, 0]
         """Weights that each rank ran through."""
-        self._step = threading.Barrier(2)
-        self._words: list[Any] = [None]
-        actor = SimpleNamespace(published=_Remote(lambda _, step, __: self.published.append(step)))
+        self._step, self._gathering = threading.Barrier(2), threading.Barrier(2)
+        self._words: list[Any] = [None, None]
+        self.events: list[str] = []
+        actor = SimpleNamespace(
+            published=_Remote(lambda _, step, __: self.published.append(step)), event=_Remote(self.events.append)
+        )
         setup = SimpleNamespace(
             fleet=_Actor(self.fleet, self.loop),
             buffer=actor,
@@ -153,13 +180,21 @@ class Story:
         self.ranks = [Publisher(setup, 0, lambda ref: ref.result(60), rank, 1) for rank in (0, 1)]
         for rank, found in enumerate(self.ranks):
             found._world, found._tell = 2, lambda word, rank=rank: self._tell(rank, word)  # type: ignore[method-assign]
+            if transport == "ipc":
+                found._devices = ("gpu-0", "gpu-1")
+            found._ipc = IpcSender(
+                rank,
+                torch.device("cpu"),
+                lambda word, rank=rank: self._everybody(rank, word),
+                partial(self._export, rank),
+            )
 
     async def _make(self, config: FleetConfig) -> Fleet:
         return Fleet(config, EngineConfig(model="", version=Version(0, 0).label))
 
     def join(self, engine: Engine, live: bool = False) -> None:
         self.engines[engine.name] = engine
-        facts = Facts(Place("here"), engine.num_workers)
+        facts = Facts(Place("here", engine.gpus), engine.num_workers)
         self.fleet._engines[engine.name] = _Engine(engine.name, engine, live=live, facts=facts)
 
     def run(self, work: Any) -> Any:
@@ -174,10 +209,21 @@ class Story:
         self._step.wait(30)
         return found
 
+    def _everybody(self, rank: int, word: Any) -> list[Any]:
+        self._words[rank] = word
+        self._step.wait(30)
+        found = list(self._words)
+        self._step.wait(30)
+        return found
+
+    def _export(self, rank: int, buffer: torch.Tensor) -> tuple[str, list[Any]]:
+        EXPORTED[len(EXPORTED)] = buffer
+        return f"gpu-{rank}", [len(EXPORTED) - 1]
+
     def gather(self, rank: int, step: int) -> Any:
         def run(dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
             for weight in weights(step):
-                self._step.wait(20)  # a collective: it breaks if the other rank has left the pass
+                self._gathering.wait(20)  # a collective: it breaks if the other rank does anything else meanwhile
                 self.gathers[rank] += 1
                 yield weight
 
@@ -334,6 +380,96 @@ def test_a_learner_that_cannot_send_leaves_engines_held_and_the_next_pass_mends_
     story.publish(1)
     assert len(tries) == 2 and all(tries), "weights were sent while an engine sampled"
     assert story.live() == {"a", "b"} and {e.holds for e in story.engines.values()} == {1.0}
+
+
+def test_whatever_ends_a_learner_in_a_pass_the_engines_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story([Engine("a")], limit_s=30.0)
+    began = time.monotonic()
+
+    def breaks(*_: Any) -> None:
+        raise ZeroDivisionError("of no kind that a pass may end with")
+
+    monkeypatch.setattr(collective, "send", breaks)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = (pool.submit(story.ranks[r].publish, story.gather(r, 1), 1) for r in (0, 1))
+        with pytest.raises(ZeroDivisionError):
+            one.result(20)
+        story._step.abort()
+        with pytest.raises(threading.BrokenBarrierError):
+            other.result(20)
+    while story.fleet._weights._exchange is not None:
+        assert time.monotonic() - began < 10, "an engine waits for a learner that is gone"
+        time.sleep(0.01)
+    assert "abort_weight_update" in story.engines["a"].calls and story.live() == set()
+
+
+def test_a_join_that_hangs_is_given_up_and_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    began, never = time.monotonic(), threading.Event()
+    assert joined(5.0, lambda: "communicator") == "communicator"
+    for error in (RuntimeError("NCCL error: unhandled system error"), TimeoutError("its own")):
+        with pytest.raises(type(error), match=str(error)):
+            joined(5.0, partial(_raise, error))
+    with pytest.raises(Stuck, match=r"not joined within 0\.1 s"):
+        joined(0.1, never.wait)
+
+    story = Story([Engine("a")], limit_s=2.0)
+    monkeypatch.setattr(GlooSender, "join", lambda *_: joined(0.1, never.wait))
+    story.fleet._weights._limits = Deadlines(init_s=0.5, start_s=0.5)
+    monkeypatch.setattr(publisher.os, "_exit", lambda code: _raise(SystemExit(code)))
+    with ThreadPoolExecutor(2) as pool:
+        one, other = (pool.submit(story.ranks[r].publish, story.gather(r, 1), 1) for r in (0, 1))
+        with pytest.raises(SystemExit):
+            one.result(20)
+        story._step.abort()
+        assert other.exception(20)
+    (line,) = story.events
+    assert "the learner is started again: the group was not joined" in line
+    assert story.fleet._weights._exchange is None and time.monotonic() - began < 10
+    never.set()
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def test_by_ipc_one_buffer_serves_all_passes_whoever_maps_it() -> None:
+    """Two engines on one GPU, none on the other; one that dies before it has mapped anything, and one while it does."""
+    EXPORTED.clear()
+    story = Story([Engine("a", gpus=("gpu-0",)), Engine("b", gpus=("gpu-0",))], transport="ipc")
+    story.fleet._weights._bucket_bytes = 500
+    for step in (1, 2):
+        story.publish(step)
+        assert {e.holds for e in story.engines.values()} == {float(step)} and story.live() == {"a", "b"}
+    assert story.gathers == [18, 18]
+    story.join(Engine("c", fails="pause", gpus=("gpu-1",)))
+    story.publish(3)
+    assert story.gathers == [24, 24], "a pass was begun for which the engines were not ready"
+    story.join(Engine("d", fails="update_weights", gpus=("gpu-1",)))
+    story.publish(4)
+    assert {story.engines[name].holds for name in "ab"} == {4.0} and story.live() == {"a", "b"}
+    assert sorted(len(EXPORTED[key]) for key in EXPORTED) == [960, 960], "a buffer was exported twice"
+
+
+def test_by_ipc_what_fails_on_one_rank_ends_the_pass_on_all_and_the_next_is_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    EXPORTED.clear()
+    story = Story([Engine("a", 2, gpus=("gpu-0", "gpu-1"))], transport="ipc")
+    story.fleet._weights._bucket_bytes = 1000
+    whole, tries = senders.pack, []
+
+    def breaks(bucket: Any, given: Any, into: torch.Tensor) -> Any:
+        if into is story.ranks[1]._ipc._buffer:
+            tries.append(bucket.names)
+            if len(tries) == 1:
+                next(given)  # and leaves two of this piece's
+                raise RuntimeError("CUDA error: out of memory")
+        return whole(bucket, given, into)
+
+    monkeypatch.setattr(senders, "pack", breaks)
+    took_s = story.publish(1)
+    assert story.engines["a"].holds == 1.0 and story.live() == {"a"} and took_s < 5
+    assert story.gathers == [18, 18] and len(EXPORTED) == 2 and tries[0] == ("w0", "w1", "w2")
 
 
 def test_who_does_not_come_to_the_meeting_is_an_error_within_the_deadline() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_profile import by_purpose, purpose
-from cluster import doctor, gpu_check
+from cluster import cli, doctor, gpu_check
 from cluster.flops import Decoder, mfu, peak_tflops
 from cluster.gpu_check import CHECKS, NEVER_RUN, Bench, Check, Facts, Failed, NotRun, answer, run, unavailable
 from gumshoe import ROOT
@@ -87,6 +87,21 @@ def test_without_a_gpu_every_check_says_so_and_that_is_no_failure(
     assert doctor.examine_gpu(lambda line: None)
 
 
+def test_the_doctor_rehearses_on_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[bool] = []
+
+    def rehearsed(*, cpu: bool, tell: Any) -> dict[str, Any]:
+        told.append(cpu)
+        counts = {"passed": 1, "failed": 1, "not run": 0}
+        return {"counts": counts, "gpus": [], "rehearsal_on_cpu": cpu}
+
+    monkeypatch.setattr(doctor, "run", rehearsed)
+    assert cli.main(["doctor", "--gpu", "--cpu"]) == 1 and told == [True], "a rehearsal that fails is not healthy"
+    out = capsys.readouterr().out
+    assert out.startswith("rehearsal on CPU, which proves nothing about a GPU: 1 passed, 1 failed")
+    assert f"- {NEVER_RUN[0].what}" in out
+
+
 def test_what_is_missing_is_named() -> None:
     bare = Facts(("NVIDIA H200",), frozenset({"torch", "numpy", "safetensors"}))
     by_name = {c.name: unavailable(c, bare, cpu=False) for c in CHECKS}
@@ -107,7 +122,7 @@ def broken(bench: Bench) -> dict[str, Any]:
 
 
 def wanting(bench: Bench) -> dict[str, Any]:
-    raise NotRun("this FAISS was built without GPUs")
+    raise NotRun("this FAISS was built without GPUs", {"gpus": 0})
 
 
 def crashing(bench: Bench) -> dict[str, Any]:
@@ -122,7 +137,7 @@ FUNCTIONS = {"good": lambda bench: {"tiny": bench.tiny}, "broken": broken, "want
     [
         ("good", ("passed", "", {"tiny": True})),
         ("broken", ("failed", "log-probs differ by 3", {"logprob_max": 3.0})),
-        ("wanting", ("not run", "this FAISS was built without GPUs", {})),
+        ("wanting", ("not run", "this FAISS was built without GPUs", {"gpus": 0})),
         ("crashing", ("failed", "RuntimeError: CUDA error: an illegal memory access", {})),
     ],
 )

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from agents.learning import attention
 from agents.learning.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from agents.learning.config import LearnerConfig, LoraConfig, LossConfig, learning_rate
 from agents.learning.learner import PHASES, Learner
@@ -337,6 +339,27 @@ def test_the_parts_of_a_step_add_up_to_it(minibatches: int) -> None:
     assert all(v > 0 for v in parts.values())
     assert sum(parts.values()) == pytest.approx(metrics["time/train_s"], rel=1e-6)
     assert 0.9 * wall - 0.01 <= metrics["time/train_s"] <= wall
+
+
+def test_a_step_reads_no_value_for_each_pass() -> None:
+    """On a GPU each would wait until the device has done all that it was asked for. (Of rows without bounds transformers reads one itself.)"""
+    attention.register()
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += "_local_scalar_dense" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    counts, passes, samples = [], [], random_samples(6)
+    for budget in (60, 4096):
+        learner = Learner(tiny_qwen3(attention="varlen"), LearnerConfig(max_tokens_per_microbatch=budget))
+        with Reads() as reads:
+            learner.step(samples)
+        counts.append(reads.count)
+        passes.append(len(pack(samples, budget, layout=learner.layout)))
+    assert passes[0] > passes[1] and counts[0] == counts[1]
 
 
 def test_on_a_gpu_laps_are_events_that_nothing_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,6 +282,34 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("then", ["newest", "prune"])
+def test_a_checkpoint_is_not_lost_where_its_writer_is_killed_while_it_replaces_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    from agents.learning import checkpoint
+
+    path, learner = tmp_path / "step-000003", Learner(tiny_qwen3(), SMALL)
+    save_checkpoint(path, learner, extra={"which": "first"})
+    rename = checkpoint.os.rename
+
+    def killed(source: Path, target: Path) -> None:
+        if target == path:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(path, learner, extra={"which": "second"})
+    assert not path.exists()
+    if then == "prune":
+        prune_checkpoints(tmp_path, keep=2)
+        assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert newest_checkpoint(tmp_path) == (path, []) and load_checkpoint(path, learner) == {"which": "first"}
+    save_checkpoint(path, learner, extra={"which": "second"})
+    assert load_checkpoint(path, learner) == {"which": "second"} and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
 # --------------------------------------------------------------------------------------------------------- weights
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agents.learning.config import LearnerConfig, LossConfig
 from agents.learning.learner import Learner
@@ -141,20 +143,46 @@ def test_logprobs_are_exact_for_any_chunk() -> None:
         )
 
 
-def test_chunks_are_recomputed_in_the_precision_of_the_forward_pass() -> None:
-    """Under autocast a chunked backward, which runs outside of it, gives the gradients of the unchunked one."""
+@pytest.mark.parametrize(
+    "elements", [80, 1 << 20]
+)  # two tokens a chunk, computed anew; all at once, probabilities kept
+def test_under_autocast_all_products_are_in_its_type_and_gradients_are_those_of_float32_but_for_rounding(
+    elements: int,
+) -> None:
     torch.manual_seed(0)
-    hidden, weight = torch.randn(12, 16) * 2, torch.randn(40, 16) * 2
+    hidden, weight, bias = torch.randn(12, 16), torch.randn(40, 16), torch.randn(40)
     target, temperature = torch.randint(0, 40, (12,)), torch.full((12,), 0.7)
-    grads = []
-    for elements in (80, 1 << 20):  # two tokens a chunk; all at once, probabilities kept
-        inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            logprobs, entropies = token_logprobs(*inputs, None, target, temperature, elements)
-        (logprobs.sum() + 0.1 * entropies.sum()).backward()
-        grads.append([x.grad for x in inputs])
-    for chunked, whole in zip(*grads, strict=True):
-        torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
+    found = []
+    for autocast in (False, True):
+        inputs = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        with Products() as products:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logprobs, entropies = token_logprobs(*inputs, target, temperature, elements)
+            (logprobs.sum() + 0.1 * entropies.sum()).backward()
+        assert set(products.dtypes) == {torch.bfloat16 if autocast else torch.float32}
+        assert products.casts == (autocast and 1), "the head is cast anew with each chunk, or each pass"
+        assert logprobs.dtype == entropies.dtype == torch.float32
+        assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in inputs)
+        found.append([logprobs.detach(), entropies.detach(), *(x.grad for x in inputs)])
+    for exact, rounded in zip(*found, strict=True):
+        assert 0 < (rounded - exact).norm() / exact.norm() < 0.02
+
+
+class Products(TorchDispatchMode):
+    """Types of what is multiplied, and how often a matrix of 40 rows is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+        self.casts = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "mm" in str(func):
+            self.dtypes += [x.dtype for x in args if isinstance(x, torch.Tensor)]
+        if "_to_copy" in str(func) and out.shape == (40, 16) and out.dtype is torch.bfloat16:
+            self.casts += 1
+        return out
 
 
 def test_large_vocabularies_stay_in_chunks() -> None:

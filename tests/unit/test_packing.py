@@ -13,12 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agents.learning.config import LearnerConfig, LossConfig
 from agents.learning.learner import Learner
 from agents.learning.loss import Tokens, clipped
-from agents.learning.model import ModelError, PolicyModel
-from agents.learning.packing import count_totals, loss_coefficients, pack, used_length
+from agents.learning.model import BLOCK, ModelError, PolicyModel, block_mask
+from agents.learning.packing import count_totals, dummy, loss_coefficients, pack, used_length
 from agents.sharding import shard
 from agents.types import Sample
 from tests.learning_tools import VOCAB, random_samples, step_samples, tiny_qwen3
@@ -164,6 +165,39 @@ def test_flex_attention_sees_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [b.packed for b in batches] == [True] and batches[0].token_ids.shape[1] > 128  # more than one block
     with torch.no_grad():
         torch.testing.assert_close(flex(batches[0]), model(batches[0]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("budget", [128, 900])
+def test_blocks_are_those_of_the_whole_mask_and_the_mask_is_never_made(layout: str, budget: int) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    samples = step_samples(2, steps=3, k=3, prompt=60, candidate=20, observation=30)
+    samples += random_samples(6, lengths=(10, 300))
+    for batch in [*pack(samples, budget, layout=layout), dummy()]:
+        with Largest() as made:
+            found = block_mask(batch)
+        rows, columns = batch.token_ids.shape
+        assert made.elements <= max(rows * (columns + BLOCK), rows * (columns // BLOCK + 2) ** 2)
+        wanted = create_block_mask(found.mask_mod, rows, None, columns, columns, device="cpu")
+        assert found.shape == wanted.shape and found.BLOCK_SIZE == wanted.BLOCK_SIZE
+        for kind in ("kv", "full_kv", "q", "full_q"):
+            for table in ("num_blocks", "indices"):
+                name = f"{kind}_{table}"
+                ours, theirs = getattr(found, name), getattr(wanted, name)
+                assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+
+
+class Largest(TorchDispatchMode):
+    """Most elements of a tensor that was made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.untyped_storage().nbytes() // out.element_size())
+        return out
 
 
 def test_nothing_behind_the_last_trained_token_is_computed() -> None:

@@ -95,8 +95,15 @@ def test_learners_on_gpus_load_through_the_machines_memory() -> None:
     )
     saved = 12 * model.num_parameters / sizes.GIB
     assert sizes.passing_gib(config, model) == pytest.approx(saved), "a checkpoint takes more than that"
-    beside, published = 2 * sizes.ENGINE_GIB + 6 * sizes.LEARNER_GIB, 2 * 2 * model.num_parameters / sizes.GIB
-    assert sizes.host_gib(config, model) == pytest.approx(beside + published + saved + sizes.BASE_GIB + 8)
+    beside = 2 * sizes.ENGINE_GIB + 6 * sizes.LEARNER_GIB
+    assert sizes.published_gib(config, model) == 0, "from GPU to GPU"
+    assert sizes.host_gib(config, model) == pytest.approx(beside + saved + sizes.BASE_GIB + 8)
+    config.fleet.transport = "shm"
+    assert sizes.published_gib(config, model) == 2 * 2 * model.num_parameters / sizes.GIB
+    config.fleet.transport = "gloo"
+    table = 2 * 151_936 * 2048  # larger than a bucket of 256 MiB; two at a time in the learner and on both engines
+    assert sizes.published_gib(config, model) == 3 * 2 * table / sizes.GIB
+    config.fleet.transport = "auto"
     config.learner.sharded_checkpoints = True
     moments = 8 * model.num_parameters / sizes.GIB
     assert sizes.saving_gib(config, model) == pytest.approx(2 * moments), "each learner's own, copied from its GPU"

@@ -106,6 +106,8 @@ def test_gradient_checkpointing_and_context_parallelism_save_what_they_should() 
     assert activations(gradient_checkpointing=True, context_parallel=4) == pytest.approx(saved / 4, rel=0.01)
     dense = activations(gradient_checkpointing=True, attention="sdpa", max_tokens_per_microbatch=64_000)
     assert dense - saved == 3 * 64_000**2, "a dense mask, and the same as a number"
+    flex = activations(gradient_checkpointing=True, attention="flex_attention", max_tokens_per_microbatch=64_000)
+    assert flex - saved == 64 * 500**2, "a table of blocks of 128 x 128, not the mask itself"
 
 
 def test_logits_never_outgrow_their_block() -> None:

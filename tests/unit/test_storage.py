@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import multiprocessing
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +20,12 @@ from cluster.config import load_config
 from cluster.errors import UserError
 from cluster.machine import check_storage
 from cluster.mirror import Mirror, newest_checkpoint, newest_name, pull_checkpoint, push_checkpoint
-from cluster.nodecache import at_hand, ship
+from cluster.nodecache import Place, at_hand, fingerprint, furnish, put, ship, unpack
 from cluster.nodes import Answer, Node
 from cluster.preflight import check_settings
 from cluster.rundir import open_run, storage_dir
 from cluster.schema import RunConfig
-from cluster.storage import ObjectStore, is_object_store, prove_shared, read_probe
+from cluster.storage import ObjectStore, is_object_store, leave_token, prove_shared, read_probe, sees_token
 
 NODES = [Node("a" * 8, "10.0.0.1", {}, {}), Node("b" * 8, "10.0.0.2", {}, {})]
 
@@ -108,55 +111,148 @@ def test_what_all_nodes_see_is_read_in_place_and_what_they_do_not_is_shipped(tmp
     model, storage = folder(tmp_path / "model", w="weights"), tmp_path / "storage"
     assert (
         ship(str(model), NODES[:1], str(storage))
-        == ship(str(model), NODES, str(storage), ask=seeing(Path("/")))
+        == at_hand(ship(str(model), NODES, str(storage), ask=seeing(Path("/"))))
         == str(model)
     )
-    place = ship(str(model), NODES, str(storage), ask=seeing(tmp_path / "elsewhere"))
-    assert place.startswith("file://") and ship(place, NODES, str(storage)) == place
-    copy = Path(at_hand(place))
-    assert (
-        (copy / "w").read_text() == "weights" and copy.parent == nodecache.cache_root() and at_hand(place) == str(copy)
-    )
-    store = ship(str(model), NODES, f"local://{tmp_path}/bucket", ask=seeing(tmp_path / "elsewhere"))
-    assert re.fullmatch(r"local://.*/bucket/shipped/model-\w{16}#model-\w{16}", store)
+    blind = seeing(tmp_path / "elsewhere")
+    place = ship(str(model), NODES, str(storage), ask=blind)
+    assert ship(place, NODES, str(storage)) == place and at_hand(place) == str(model), "the driver's node has it"
+    store = ship(str(model), NODES, f"local://{tmp_path}/bucket", ask=blind)
+    assert re.fullmatch(r"local://.*/bucket/shipped/model-\w{16}#key=model-\w{16}&.*", store)
     folder(model, w="WEIGHTS")
-    changed = ship(str(model), NODES, f"local://{tmp_path}/bucket", ask=seeing(tmp_path / "elsewhere"))
-    assert changed != store and (Path(at_hand(changed)) / "w").read_text() == "WEIGHTS"
-    index = ship(str(model), NODES, str(storage), copy=True, ask=seeing(Path("/")))
-    assert index.startswith(model.as_uri()) and at_hand(index) != str(model), "each node has a copy of its own"
-    with pytest.raises(UserError, match="does not see /nowhere"):
-        at_hand("file:///nowhere#gone")
+    changed = ship(str(model), NODES, f"local://{tmp_path}/bucket", ask=blind)
+    assert Place.parse(changed).key != Place.parse(store).key
+    model.rename(tmp_path / "gone")
+    copy = Path(at_hand(place))
+    assert (copy / "w").read_text() == "weights" and copy.parent == nodecache.cache_root()
+    assert at_hand(place) == str(copy) and (Path(at_hand(changed)) / "w").read_text() == "WEIGHTS"
 
 
-def _take(place: str, cache: str, out: Any) -> None:
+def test_a_cluster_that_was_joined_ships_to_nodes_that_are_not_there_yet(tmp_path: Path) -> None:
+    model = folder(tmp_path / "model", **{"tokenizer.json": "t", "model.safetensors": "weights"})
+    place = ship(str(model), NODES[:1], str(tmp_path / "storage"), joined=True)
+    assert at_hand(place) == str(model) and not (tmp_path / "storage").exists(), "nobody has asked for it"
+    model.rename(tmp_path / "of another node")
+    with pytest.raises(
+        UserError, match=r"this node sees neither .*/model nor file://.*; mount one of them, or give storage_path as"
+    ):
+        at_hand(place)
+    with pytest.raises(UserError, match=r"/model is gone, or was changed since the run began"):
+        put(Place.parse(place))
+    (tmp_path / "of another node").rename(model)
+    put(Place.parse(place))  # as the node does that it came from, when it is asked
+    model.rename(tmp_path / "of another node")
+    assert {p.name for p in Path(at_hand(place, weights=False)).iterdir()} == {"tokenizer.json", ".gumshoe-whole"}
+    assert (Path(at_hand(place)) / "model.safetensors").read_text() == "weights"
+
+
+def test_nodes_that_see_an_index_have_a_copy_of_it(tmp_path: Path) -> None:
+    index = folder(tmp_path / "index", w="x")
+    place = ship(str(index), NODES, str(tmp_path / "storage"), copy=True, ask=seeing(Path("/")))
+    assert at_hand(place) != str(index) and (Path(at_hand(place)) / "w").read_text() == "x"
+    assert not (tmp_path / "storage").exists(), "it was copied from where it lies"
+
+
+def test_nodes_are_furnished_before_anybody_there_needs_it(tmp_path: Path) -> None:
+    index = folder(tmp_path / "index", w="x")
+    place, asked = ship(str(index), NODES, str(tmp_path), copy=True, ask=seeing(Path("/"))), []
+
+    def ask(nodes: list[Node], work: Callable[[str], Any], text: str, timeout_s: float) -> list[Answer]:
+        asked.extend(n.name for n in nodes)
+        return [Answer(nodes[0], work(text)), Answer(nodes[1], problem="no room")]
+
+    furnish(str(index), NODES, ask=ask)
+    assert not asked, "a plain path is seen by all"
+    with pytest.raises(UserError, match=r"node 10\.0\.0\.2 \(bbbbbbbb\) cannot have index-\w{16}: no room"):
+        furnish(place, NODES, ask=ask)
+    assert asked == [n.name for n in NODES] and list(nodecache.cache_root().glob("index-*/w"))
+
+
+def test_a_try_that_ended_goes_on_with_the_files_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = folder(tmp_path / "index", a="1", b="22", c="333")
+    place, copied, copy = copied_place(index), list[str](), nodecache._copy
+
+    def breaks(source: Path, target: Path, names: list[str]) -> None:
+        copied.extend(names)
+        copy(source, target, names[:2])
+        if len(names) > 1:
+            raise OSError("the network went away")
+
+    monkeypatch.setattr(nodecache, "_copy", breaks)
+    with pytest.raises(OSError, match="the network went away"):
+        at_hand(place)
+    assert not list(nodecache.cache_root().glob("index-1*/")), "no half copy"
+    assert (Path(at_hand(place)) / "c").read_text() == "333" and copied == ["a", "b", "c", "c"]
+
+
+def test_a_disk_without_room_and_a_sibling_without_end_are_one_line_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, root = copied_place(folder(tmp_path / "index", w="x" * 1000)), nodecache.cache_root()
+    with monkeypatch.context() as full:
+        full.setattr(nodecache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+        with pytest.raises(
+            UserError, match=r"no room for index-1.* in .*: it needs .* free; make room, or set GUMSHOE_CACHE"
+        ):
+            at_hand(place)
+    with open(root / f".{Path(at_hand(place)).name}.unpack") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        unpack(place, wait_s=0.1)  # there is nothing to wait for
+        shutil.rmtree(at_hand(place))
+        with pytest.raises(
+            UserError, match=r"another process of this node has been unpacking index-1.* for more than 0\.1 s"
+        ):
+            unpack(place, wait_s=0.1)
+
+
+def copied_place(of: Path) -> str:
+    """One that nodes copy although they see it."""
+    return str(Place("file:///nowhere", f"{of.name}-1-{fingerprint(str(of))[:16]}", str(of), copy=True))
+
+
+def _take(place: str, cache: str, out: Any, over: Any) -> None:
     os.environ["GUMSHOE_CACHE"] = cache
     out.put((at_hand(place), (Path(at_hand(place)) / "w").stat().st_ino))
+    over.wait(20)
 
 
 def test_processes_of_a_node_unpack_once_and_share_the_copy(tmp_path: Path) -> None:
     folder(tmp_path / "index", w="x" * 100_000)
-    place, context = f"{(tmp_path / 'index').as_uri()}#index-1", multiprocessing.get_context("fork")
-    out = context.SimpleQueue()
-    started = [context.Process(target=_take, args=(place, str(tmp_path / "cache"), out)) for _ in range(4)]
+    place, context = copied_place(tmp_path / "index"), multiprocessing.get_context("fork")
+    out, over = context.SimpleQueue(), context.Event()
+    started = [context.Process(target=_take, args=(place, str(tmp_path / "cache"), out, over)) for _ in range(4)]
     for process in started:
         process.start()
-    assert len({out.get() for _ in started}) == 1, "one file, whoever came first"
+    assert len({out.get() for _ in started}) == 1, "one file, whoever came first, and who has it keeps nobody waiting"
+    over.set()
     for process in started:
         process.join()
 
 
 def test_copies_in_use_stay_and_of_the_others_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodecache, "KEPT", 1)
-    for name in ("a", "b", "c"):
-        folder(tmp_path / name, w=name)
-        at_hand(f"{(tmp_path / name).as_uri()}#{name}")
+    places = {name: copied_place(folder(tmp_path / name, w=name)) for name in ("a", "b", "c")}
+    for place in places.values():
+        at_hand(place)
     root = nodecache.cache_root()
-    assert sorted(p.name for p in root.iterdir() if p.is_dir()) == ["a", "b", "c"], "this process uses them"
+    assert sorted(p.name[0] for p in root.iterdir() if p.is_dir()) == ["a", "b", "c"], "this process uses them"
     for lock in nodecache._held.values():
         lock.close()
     nodecache._held.clear()
-    at_hand(f"{(tmp_path / 'c').as_uri()}#c")
-    assert sorted(p.name for p in root.iterdir() if p.is_dir()) == ["c"]
+    at_hand(places["c"])
+    assert sorted(p.name[0] for p in root.iterdir() if p.is_dir()) == ["c"]
+
+
+def test_a_node_knows_the_folder_of_a_run_from_another_of_its_name(tmp_path: Path) -> None:
+    (here := tmp_path / "here").mkdir()
+    (other := tmp_path / "other").mkdir()
+    first = leave_token(here)
+    assert sees_token(str(here), first) and not sees_token(str(tmp_path / "none"), first, 0.0)
+    assert (
+        not sees_token(str(other), first, 0.0)
+        and leave_token(other) != first
+        and not sees_token(str(other), first, 0.0)
+    )
 
 
 def test_a_run_is_copied_to_its_store_and_goes_on_from_there_elsewhere(tmp_path: Path, home: Path) -> None:
