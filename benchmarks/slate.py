@@ -18,6 +18,9 @@ other arms, of which nothing was fixed.
 Beside it: held-out success at each evaluation on the way (100 tasks) and at the end, against tokens and against seconds of training, those evaluations
 included; judge calls per trained task, cache hits among them; the share of prompt tokens that the prefix cache held.
 
+Where the signal goes: `alike` is the share of groups of the first 8 steps whose members were all rewarded alike, so that they teach nothing (of a task's
+attempts, or of a step's candidates), and `entropy` the policy's, in nats per token, meanwhile; read from the runs' folders where they still are.
+
 Tokens are those of trained batches. Of episodes that were dropped, and of those under way when the run ended, nobody counts them; `dropped episodes` says
 how many were dropped.
 """
@@ -107,6 +110,19 @@ def costs(folder: Path, attempts: int) -> dict[str, float]:
     }  # fmt: skip
 
 
+def early(folder: Path, steps: int = 8) -> dict[str, float]:
+    """Of the first steps: the share of groups (of attempts, or of a step's candidates) whose rewards were all equal, and the policy's entropy.
+    Nothing when the run's folder is gone."""
+    if not (folder / "metrics.jsonl").is_file():
+        return {}
+    train = {int(r["step"]): r for r in read_metrics(folder) if r["kind"] == "train" and r["step"] <= steps}.values()
+    alike, groups = (sum(r[f"groups/{key}"] for r in train) for key in ("zero_spread", "count"))
+    return {
+        "alike": round(alike / max(1, groups), 3),
+        "entropy": round(float(np.mean([r["entropy"] for r in train])), 4),
+    }
+
+
 COSTS = ("judge calls per task", "prefix hits", "shared in the learner", "dropped episodes")
 
 
@@ -133,12 +149,15 @@ def verdict(seeds: Sequence[int], interval: Sequence[float]) -> bool | str:
 def study(given: argparse.Namespace) -> int:
     lab = Lab(given.storage)
 
+    names: dict[tuple[str, int], str] = {}
+
     def plan(arm: str, seed: int) -> Plan:
         asked = overrides(arm, seed, given.tokens, given.set)
         resolved = resolve(demo.CONFIG, asked)
+        names[arm, seed] = f"slate-{arm}-seed{seed}-{resolved.hash}"
 
         def run() -> Figures:
-            folder = lab.gumshoe("train", demo.CONFIG, f"slate-{arm}-seed{seed}-{resolved.hash}", asked)
+            folder = lab.gumshoe("train", demo.CONFIG, names[arm, seed], asked)
             attempts = int(resolved.values["buffer.group_size"])
             return {**run_figures(folder), "curve": curve(folder), **costs(folder, attempts)}
 
@@ -166,6 +185,7 @@ def study(given: argparse.Namespace) -> int:
             "success": bootstrap([values(f["after"], "outcome") for f in found]).as_list(), "slate - it": over(arm, seeds),
             "slate - it, by seed": [over(arm, [s]) for s in seeds], "tokens to 0.8": [reached(f["curve"], 0.8) for f in found],
             **{key: [f[key] for f in found] for key in ("steps", "sampled_tokens", "training_s", *COSTS)},
+            "first 8 steps": [early(lab.storage / names[arm, seed]) for seed in seeds],
         }  # fmt: skip
     for arm in ARMS:
         print(f"{arm:<12} " + "  ".join(f"{k} {v}" for k, v in figures[arm].items()))

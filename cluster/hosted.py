@@ -4,7 +4,8 @@ The server does what judges and chat agents need (chat template, tokenizer, tool
 out on purpose. It belongs to an actor of its own (`cluster.judges.JudgeEngine`, `cluster.evaluation.engines.ChatEngine`).
 
 Invariants: the port is reachable from this machine only and wants a key that is drawn anew for every child; requests cross machines as
-calls of the actor. The child ends with its actor, however that ends; an actor whose child died ends too, and Ray starts both again.
+calls of the actor. The child ends with its actor, however that ends; an actor whose child died ends too, with all that the child had started,
+and Ray starts both again.
 """
 
 from __future__ import annotations
@@ -122,9 +123,11 @@ class ModelServer:
         raise self._error(f"{self._what} was not up within {self._limit}={self._start_s:g}: {problem}")
 
     def _follow(self) -> None:
-        """An actor without its engine is of no use; Ray starts a new one."""
+        """An actor without its engine is of no use; Ray starts a new one, which needs the memory that the old one's processes still hold."""
         self.child.wait()
         if self.ready:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.child.pid, signal.SIGKILL)
             os._exit(1)
 
     def _end(self) -> None:

@@ -153,17 +153,18 @@ def load_evaluation(folder: str | Path, unseal: Unseal | None = None) -> Evaluat
 
     units = list(_units(folder / "units.jsonl", notes))
     config = units[-1][1] if units else ""
-    other = {hash for _, hash, _, _ in units if hash != config}
+    other = {hash for _, hash, *_ in units if hash != config}
     if other:
         notes.append(f"units of other settings are left out ({', '.join(sorted(other))}; shown: {config})")
-    for key, hash, probe, line in units:
+    for key, hash, probe, _, line in units:
         if hash == config:
             if probe:
                 sample(key).probes[probe] = line
             else:
                 sample(key).played = line
-    for key, hash, probe, line in _units(folder / "verdicts.jsonl", notes):
-        if hash == config and not probe:
+    judge = summary.get("judge_hash")
+    for key, hash, probe, by, line in _units(folder / "verdicts.jsonl", notes):
+        if hash == config and not probe and judge in (None, by):  # the scores are those of one judge
             sample(key).judged = line
     for row in _rows(folder / "scores.jsonl", notes):
         sealed = sealed or "sealed" in row
@@ -245,20 +246,20 @@ def _tasks(path: Path, unseal: Unseal | None, notes: list[str]) -> tuple[dict[st
     return tasks, list(dict.fromkeys(order)), bool(sealed)
 
 
-def _units(path: Path, notes: list[str]) -> Iterator[tuple[UnitKey, str, str, Line]]:
-    """(task and sample, config hash, probe, where it stands) of every whole line; the record itself is not kept."""
+def _units(path: Path, notes: list[str]) -> Iterator[tuple[UnitKey, str, str, str, Line]]:
+    """(task and sample, config hash, probe, judge, where it stands) of every whole line; the record itself is not kept."""
     broken = 0
     for line, data in _lines(path, notes):
         try:
             row = _object(data)
             unit = _unit(row.get("unit"))
-            probe = str(row.get("probe") or "")
+            probe, by = str(row.get("probe") or ""), str(row.get("judge") or "")
         except (ValueError, RecursionError):
             unit = None
         if unit is None:
             broken += 1
         else:
-            yield unit[0], unit[1], probe, line
+            yield unit[0], unit[1], probe, by, line
     if broken:
         notes.append(f"{broken} unreadable line{'s' if broken > 1 else ''} of {path.name} left out")
 

@@ -1,7 +1,8 @@
 """A policy behind an OpenAI-compatible chat endpoint: messages and tools in, one `ChatReply` out.
 
 Invariants: transport failures, timeouts, 408, 429 and 5xx are tried again (jitter, Retry-After), then ChatFailed; a refusal of the
-context's length is a reply whose `usage.finish_reason` is `context`; any other refusal is ChatFailed at once. What the model wrote is
+context's length is a reply whose `usage.finish_reason` is `context`, once no more than half of the context is asked for as a reply, where the
+refusal says how long it is; any other refusal is ChatFailed at once. What the model wrote is
 never a failure: arguments that are no JSON are told in `ChatReply.error`. Requests keep within the limits of the configuration. The
 key is read from the environment and written nowhere. Waiting for room and for another try, and tries that came to nothing, count against nobody
 (`cluster.stopwatch`). Texts go out and come in without halves of characters. Where a server counts no tokens,
@@ -15,6 +16,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,6 +44,7 @@ _CONTEXT = (
     "context size",
     "context limit",
     "maximum model length",
+    "than max_model_len",
     "maximum prompt length",
     "maximum number of tokens",
     "too many tokens",
@@ -49,7 +52,12 @@ _CONTEXT = (
     "input is too long",
 )
 """What endpoints say in a 400, 413 or 422 (older llama.cpp: 500) when a request does not fit the model's context."""
+_WINDOW = re.compile(r"(?:maximum (?:context|model) length|than max_model_len)\W(?:is |of )?(\d[\d,]{1,12})\b")
 _REASONING = ("reasoning_content", "reasoning")
+
+
+class NoReply(ChatFailed):
+    """No try came to a reply; another may."""
 
 
 class ChatEndpoint:
@@ -63,6 +71,8 @@ class ChatEndpoint:
         )
         self._key = key_of(config)
         self._reply_tokens = 256.0  # what replies take, on average
+        self._longest = 0
+        """Half of the context, once a refusal has said how long that is: a longer reply is never asked for."""
         self._counts: Counter[str] = Counter()
         local = urlsplit(config.base_url).hostname in ("127.0.0.1", "localhost", "::1")
         most = max(1, config.concurrency)
@@ -93,12 +103,8 @@ class ChatEndpoint:
         if config.seeded and seed is not None:
             body["seed"] = seed
         body = {name: value for name, value in (body | config.extra_body).items() if value is not None}
-        for name in (
-            "max_tokens",
-            "max_completion_tokens",
-        ):  # extra_body may ask for less than there is room for, never for more
-            if max_tokens and isinstance(body.get(name), int):
-                body[name] = min(body[name], max_tokens)
+        # extra_body may ask for less than there is room for, never for more
+        _shortened(body, min((n for n in (max_tokens, self._longest) if n), default=0))
         text = json.dumps([body["messages"], body.get("tools", [])], ensure_ascii=False)
         if encodable(text) != text:
             body = _encodable(body)
@@ -116,7 +122,7 @@ class ChatEndpoint:
             if found is not None:
                 return self._understood(found, who, time.monotonic() - began, sent)
             turn_back(begun_s)
-        raise ChatFailed(f"{config.base_url} gave no reply in {config.retries + 1} tries, the last with: {trouble}")
+        raise NoReply(f"{config.base_url} gave no reply in {config.retries + 1} tries, the last with: {trouble}")
 
     async def check(self) -> None:
         """Asks the endpoint for its models. Raises UserError, one line, when it is dead, refuses the key or lacks the model."""
@@ -134,7 +140,7 @@ class ChatEndpoint:
 
     # ---------------------------------------------------------------------------------------------------- inside
 
-    async def _once(self, body: Mapping[str, Any], expected: float) -> tuple[Mapping[str, Any] | None, str]:
+    async def _once(self, body: dict[str, Any], expected: float) -> tuple[Mapping[str, Any] | None, str]:
         """(the server's answer, or None and why to try again). Raises ChatFailed where trying again is of no use."""
         async with contextlib.AsyncExitStack() as held:
             with standing():
@@ -151,6 +157,10 @@ class ChatEndpoint:
         said = " ".join(self._redacted(content)[:2000].decode("utf-8", "replace").split())
         refused = status in (400, 413, 422, 500) and any(sign in said.lower() for sign in _CONTEXT)
         if refused:
+            if window := _WINDOW.search(said.lower()):
+                self._longest = int(window[1].replace(",", "")) // 2
+                if _shortened(body, self._longest):  # its reply was too long, not what it says
+                    return await self._once(body, expected)
             return {"choices": [{"message": {}, "finish_reason": "context"}]}, ""
         if status in (408, 429) or status >= 500:
             if status in (429, 503):
@@ -215,6 +225,14 @@ def key_of(config: ChatConfig) -> str:
             f"{config.api_key_env} holds signs that no key has (spaces, or other than ASCII); export it anew"
         )
     return key
+
+
+def _shortened(body: dict[str, Any], most: int) -> bool:
+    """Asks for no longer a reply than `most` tokens (0: any). Whether it had asked for one."""
+    names = [name for name in ("max_tokens", "max_completion_tokens") if isinstance(body.get(name), int)]
+    long = [name for name in names if most and body[name] > most]
+    body.update(dict.fromkeys(long, most))
+    return bool(long)
 
 
 def _text(content: Any) -> str:

@@ -325,11 +325,12 @@ class EvalConfig:
 
 _ALWAYS = ("seed", "without_gold", "benchmark.kind", "benchmark.path", "benchmark.split", "benchmark.corpus", "benchmark.options", "corpus", "policy.kind", "policy.temperature", "agent", "budget", "retrieval", "sandbox")  # fmt: skip
 _BY_POLICY = {
-    "checkpoint": ("model", "policy.chat.max_tokens", "policy.chat.context_window", "policy.engine_args", "engine.dtype", "engine.max_model_len"),
+    "checkpoint": ("model", "policy.chat.max_tokens", "policy.chat.context_window", "policy.chat.extra_body", "policy.engine_args", "engine.dtype", "engine.max_model_len"),
     "chat": ("policy.chat.base_url", "policy.chat.model", "policy.chat.max_tokens", "policy.chat.context_window", "policy.chat.seeded", "policy.chat.extra_body"),
     "recorded": ("policy.recorded",),
 }  # fmt: skip
 _BY_TOKENS = ("protocol", "sampling")
+_PRICES = ("policy.chat.price_in", "policy.chat.price_cached", "policy.chat.price_out")
 _NEVER = ("retrieval.threads", "sandbox.journal", "sandbox.call_timeout_s", "sandbox.retries", "sandbox.retry_wait_s", "sampling.temperature", "model.shape")  # fmt: skip
 _OPEN = ("benchmark.options", "corpus.columns", "policy.chat.extra_body", "world.hops")
 """Mappings whose names a user chooses."""
@@ -343,6 +344,7 @@ def identity(config: EvalConfig) -> dict[str, Any]:
     kept: dict[str, Any] = flat(json.loads(json.dumps(config_dict(config), default=str)))
     kind, agent = str(kept["policy.kind"]), kept["agent.name"]
     wanted = [*_ALWAYS, *_BY_POLICY[kind], *(["world"] if kept["benchmark.kind"] == "world" else [])]
+    wanted += _PRICES if kept["budget.money"] else ()
     if kind == "checkpoint":
         wanted += _BY_TOKENS if agent == TOKEN_AGENT else ()
         wanted = [w for w in wanted if not (agent == TOKEN_AGENT and w.startswith(("policy.chat", "policy.engine")))]
@@ -361,9 +363,11 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
     A setting that only one of them knows came or went with its version's defaults, save below keys where a user may add any name.
     """
     for key in sorted(before.keys() | now.keys()):
+        was, found = before.get(key), now.get(key)
         known = key in before and key in now
-        if (known or _below(key, _OPEN)) and before.get(key) != now.get(key):
-            yield f"{key} is {now.get(key)!r} (was {before.get(key)!r})"
+        named = _below(key, _OPEN) and {} not in (was, found)  # an empty mapping says no more than none
+        if (known or named) and was != found:
+            yield f"{key} is {found!r} (was {was!r})"
 
 
 def _below(key: str, names: Any) -> bool:

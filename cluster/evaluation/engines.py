@@ -1,7 +1,8 @@
 """Checkpoints behind a chat interface: actors that each serve one model (`cluster.hosted`) and answer for their workers.
 
 Invariants: a question stays on one engine, so its prefix stays cached there; when that engine is gone, the question's next request goes to
-another; while all are away, it waits until they had the time to start again. None of that time counts against the question.
+another; while all are away, it waits until they had the time to start again. None of that time counts against the question, nor does a try that
+came to nothing: engines try once, and whoever holds the question's watch tries again.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agents.chat.reading import estimate
 from agents.interfaces import ChatFailed, ChatReply
 from cluster.errors import UserError, one_line
-from cluster.evaluation.chat import ChatEndpoint
+from cluster.evaluation.chat import ChatEndpoint, NoReply
 from cluster.evaluation.config import ChatConfig, EvalConfig
 from cluster.hosted import KEY, ModelServer
 from cluster.sizes import served_kv_gib
@@ -30,7 +31,7 @@ from rewards.judges.limits import Limits
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.5, 5.0
 """Between two rounds of asking engines that are all away."""
 MOST_DEATHS = 3
-"""So often an engine may die while one request waits for it."""
+"""So often an engine may die under one request that is asked alone."""
 REPLY_TOKENS = 256
 """What a reply is taken for until it is there."""
 _NO_LIMIT = 1 << 16
@@ -57,8 +58,8 @@ class ChatEngine:
         )  # fmt: skip
         # Workers keep within the limits, so that waiting for room is known as such.
         chat = replace(
-            config.policy.chat, base_url=self._server.url, model=model, api_key_env=KEY, seeded=True, concurrency=_NO_LIMIT,
-            requests_per_minute=0, tokens_per_minute=0,
+            config.policy.chat, base_url=self._server.url, model=model, api_key_env=KEY, seeded=True, retries=0,
+            concurrency=_NO_LIMIT, requests_per_minute=0, tokens_per_minute=0,
         )  # fmt: skip
         self._endpoint = ChatEndpoint(chat, config.policy.temperature)
 
@@ -84,30 +85,44 @@ class ChatEngine:
         await self._server.close()
 
 
+@dataclass
+class Shared:
+    """What all questions of one worker have in common."""
+
+    limits: Limits
+    start_s: float
+    """How long engines may be away, all of them, before a request fails."""
+    retries: int
+    """Further tries of a request to which an engine that is there gave no reply."""
+    suspects: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by a request under which an engine died: it is asked alone, so that others need not die with it."""
+
+
 class EngineChat:
     """`agents.interfaces.Chat` of one question over the engines' actors."""
 
-    def __init__(
-        self, engines: Sequence[Any], session: str, seed: int, waits: Waits, limits: Limits, start_s: float
-    ) -> None:
-        """`limits`: those of the worker, for all its questions. `start_s`: how long engines may be away, all of them, before a request fails."""
+    def __init__(self, engines: Sequence[Any], session: str, seed: int, waits: Waits, shared: Shared) -> None:
         self._engines, self._seed, self._waits, self._session = list(engines), seed, waits, session
-        self._limits, self._start_s = limits, start_s
+        self._shared = shared
         self._first = int(hashlib.sha256(session.encode()).hexdigest()[:8], 16) % len(self._engines)
 
     async def reply(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatReply:
         """Raises ChatFailed."""
         expected = estimate(json.dumps(list(messages), ensure_ascii=False)) + REPLY_TOKENS
+        limits = self._shared.limits
         async with contextlib.AsyncExitStack() as held:
             with standing():
-                await held.enter_async_context(self._limits.room(expected))
-            found = await self._asked(list(messages), options | {"seed": self._seed})
-            self._limits.correct(expected, found.usage.tokens_in + found.usage.tokens_out)
+                await held.enter_async_context(limits.room(expected))
+            found = await self._asked(list(messages), options | {"seed": self._seed}, held)
+            limits.correct(expected, found.usage.tokens_in + found.usage.tokens_out)
             return found
 
-    async def _asked(self, messages: list[Mapping[str, Any]], options: Mapping[str, Any]) -> ChatReply:
+    async def _asked(
+        self, messages: list[Mapping[str, Any]], options: Mapping[str, Any], held: contextlib.AsyncExitStack
+    ) -> ChatReply:
         """The first reply that any engine gives. Those that are away are asked again until they have had the time to start."""
-        gives_up, pause_s, deaths = time.monotonic() + self._start_s, FIRST_PAUSE_S, 0
+        gives_up, pause_s, silences = time.monotonic() + self._shared.start_s, FIRST_PAUSE_S, 0
+        deaths, alone = 0, False
         gone: set[int] = set()
         while True:
             trouble, failed = "", False
@@ -124,11 +139,19 @@ class EngineChat:
                     trouble = str(died)
                     deaths += number not in gone
                     gone.add(number)
+                except NoReply as silence:
+                    trouble = str(silence)
+                    silences += 1
                 except ChatFailed as failure:
                     trouble, failed = str(failure), True
                 turn_back(begun_s)
-            # A request under which engines keep dying may be why they do.
-            if failed or time.monotonic() >= gives_up or deaths >= MOST_DEATHS * len(self._engines):
+            if deaths and not alone:
+                began = time.monotonic()
+                with standing(), self._waits(f"requests that engines may have died of, for {self._session}"):
+                    await held.enter_async_context(self._shared.suspects)
+                gives_up, deaths, alone = gives_up + time.monotonic() - began, 0, True
+            dying = deaths >= MOST_DEATHS * len(self._engines)
+            if failed or dying or silences > self._shared.retries or time.monotonic() >= gives_up:
                 raise ChatFailed(f"no chat engine answers: {trouble[:300]}")
             with standing(), self._waits(f"a chat engine to start, for {self._session}"):
                 await asyncio.sleep(pause_s)
@@ -152,6 +175,14 @@ class EngineChat:
             raise type(error.cause)(one_line(error.cause)) from None
         except ray.exceptions.RayError as error:
             raise EngineDied(one_line(error)) from None
+
+
+def served(config: EvalConfig) -> ChatConfig:
+    """What agents know of the endpoint: a checkpoint's window is what its engine takes, since a reply that is cut there would look like theirs."""
+    chat, most = config.policy.chat, config.engine.max_model_len
+    if config.policy.kind != "checkpoint" or config.hosted:
+        return chat
+    return replace(chat, context_window=min(chat.context_window or most, most))
 
 
 def limits_of(chat: ChatConfig, engines: int, workers: int) -> Limits:

@@ -34,6 +34,7 @@ from cluster.preflight import (
     check_language,
     check_policy,
     check_section,
+    check_tokenizer,
 )
 from cluster.rundir import storage_dir
 from cluster.runtime import joined_address
@@ -84,9 +85,10 @@ def _checks_to_play(config: EvalConfig) -> Iterator[Check]:
     if config.policy.kind == "checkpoint":
         model = resolve(config.model.path)
         yield partial(check_policy, cast(Any, config), model)
-        if config.agent.name == TOKEN_AGENT and config.model.path and model.is_dir():
+        if config.model.path and model.is_dir():
             tokenizer = resolve(config.model.tokenizer) if config.model.tokenizer else model
-            yield partial(check_language, cast(Any, config), tokenizer, model)
+            check = partial(check_language, cast(Any, config)) if config.hosted else check_tokenizer
+            yield partial(check, tokenizer, model)
     if config.policy.kind == "chat":
         yield partial(check_key, config.policy.chat.api_key_env, "policy.chat.api_key_env")
     if config.policy.kind == "recorded":

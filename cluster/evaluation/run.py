@@ -25,6 +25,7 @@ from cluster.actors import came_up
 from cluster.errors import UserError, one_line
 from cluster.evaluation.config import TOKEN_AGENT, EvalConfig
 from cluster.evaluation.engines import place as place_engines
+from cluster.evaluation.engines import served
 from cluster.evaluation.journal import UNITS, Folder, Key
 from cluster.evaluation.plan import Job, guarded
 from cluster.evaluation.records import Played, State
@@ -280,7 +281,7 @@ def staffed(config: EvalConfig, folder: Folder, index_dir: str | None, num_jobs:
             sandbox=guarded(config.sandbox, folder.benchmark, folder.path),
             rollout=config.rollout,
             sampling=config.sampling,
-            chat=config.policy.chat,
+            chat=served(config),
             speech=functools.partial(make_speech, model, config.protocol) if by_tokens else None,
             parallel=config.corpus.source == "parallel_world",
             without_gold=config.without_gold,

@@ -127,7 +127,8 @@ class Player:
     async def _episode(self, task: Task, unit: Unit, probe: str) -> Episode:
         kit, speech = self._kit, self._speech
         seed = seed_of(kit.seed, unit, probe)
-        sampling = Sampling(temperature=kit.temperature, max_tokens=kit.sampling.max_turn_tokens, seed=seed)
+        most = kit.sampling.max_turn_tokens if speech else kit.settings.max_reply_tokens or kit.chat.max_tokens
+        sampling = Sampling(temperature=kit.temperature, max_tokens=most, seed=seed)
         uid = Uid(task.id, probe or "eval", unit.sample)
         purse = Purse(kit.budget)
         backend = await self._corpus_of(task, probe)
@@ -168,12 +169,13 @@ class Player:
         config, limit = self._kit.sampling, self._kit.budget.context_tokens
         if limit:
             config = replace(config, max_context=min(config.max_context, limit))
-        rollout = Rollout(task, identity, policy, sandbox, speech, config)
+        rollout, began = Rollout(task, identity, policy, sandbox, speech, config), time.monotonic()
         try:
             return await finish(rollout)
         except BudgetSpent as spent:
             ending = Ending(rollout.leaf, StopReason.budget, str(spent))
-            return Episode(identity, tuple(rollout.turns), (ending,), tuple(rollout.events), dict(rollout.seconds))
+            seconds = {**rollout.seconds, "total": time.monotonic() - began}
+            return Episode(identity, tuple(rollout.turns), (ending,), tuple(rollout.events), seconds)
 
     def _settings(self) -> ChatAgentConfig:
         limits = (self._kit.settings.max_context, self._kit.budget.context_tokens, self._kit.chat.context_window)
@@ -289,14 +291,16 @@ class EvalWorker:
         self, name: str, kit: Kit, fleet: Any, engines: Sequence[Any], retrieval: Any, info: BackendInfo | None
     ) -> None:
         """`fleet`: of samplers, for the agent `policy`; `engines`: of hosted chat endpoints; `retrieval`: None for a closed book."""
-        from cluster.evaluation.engines import limits_of
+        from cluster.evaluation.engines import Shared, limits_of
         from cluster.replicas import RouterClient
 
         self._waits, self._kit = Waits(), kit
         backend = RouterClient(retrieval, info, kit.rollout.search_timeout_s, self._waits) if info is not None else None
         policy = RemotePolicy(fleet, kit.rollout, name, self._waits) if fleet is not None else None
         self._endpoint: Any = None
-        self._engines, self._limits = engines, None if not engines else limits_of(kit.chat, len(engines), kit.clients)
+        self._engines, self._shared = engines, None
+        if engines:
+            self._shared = Shared(limits_of(kit.chat, len(engines), kit.clients), kit.start_s, kit.chat.retries)
         self._player = Player(kit, backend, policy=policy, chat_of=self._chat_of, name=name)
 
     async def ready(self) -> int:
@@ -318,8 +322,8 @@ class EvalWorker:
         from cluster.evaluation.chat import ChatEndpoint
         from cluster.evaluation.engines import EngineChat
 
-        if self._limits is not None:
-            return EngineChat(self._engines, session, seed, self._waits, self._limits, self._kit.start_s)
+        if self._shared is not None:
+            return EngineChat(self._engines, session, seed, self._waits, self._shared)
         if self._endpoint is None:
             self._endpoint = ChatEndpoint(self._kit.chat, self._kit.temperature, self._kit.clients)
         return SeededChat(self._endpoint, seed, self._waits, session)

@@ -1,7 +1,7 @@
-"""Each architecture that a recipe names, as a tiny random model: two optimiser steps by the real pipeline.
+"""Each architecture that a recipe names, as a tiny random model: learner and engine hold the same weights.
 
-What is asserted is that learner and samplers hold the same weights: after a publish their log-probs agree. A new recipe
-whose model has another architecture is taken up by itself. One that vLLM cannot run on CPU is skipped with its reason.
+Two optimiser steps on what a real engine samples, with a publish between them. A new recipe whose model has another architecture is taken
+up by itself. One that vLLM cannot run on CPU is skipped with its reason. (Whole runs: `test_replay.py`, `test_slate.py`, `test_real_text.py`.)
 """
 
 from __future__ import annotations
@@ -12,15 +12,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from agents.learning.config import LearnerConfig
+from agents.learning.learner import Learner
 from agents.learning.model import load_model, named_weights_for_publish
 from agents.learning.weights import stack_experts
+from agents.types import Sample
 from cluster.config import ROOT, load_config
 from cluster.model import resolve
 from cluster.schema import RunConfig
-from tests.runs import SMALL, gumshoe, rows, run_configs, wait_for
+from cluster.vllm.engine import EngineConfig, Generation, PolicyEngine
+from cluster.vllm.preflight import EngineError
+from cluster.vllm.segment import ShmWriter
+from cluster.vllm.transfer import ShmTransport, publish
+from tests.runs import run_configs
 
 POLICY = ROOT / "envs" / "world" / "policy"
 TINY = {
@@ -56,66 +64,64 @@ def tiny(architecture: str, folder: Path) -> Path:
     return folder
 
 
-def missing_kernel(output: str) -> str:
-    """Why vLLM cannot run the model on this processor, or nothing."""
-    cause = re.search(r"did not start: (.*)", output)
-    known = r"MoE backend.* supports? the deployment configuration"  # vLLM's, where no kernel fits a model's experts
-    return cause[1].strip() if cause and re.search(known, cause[1]) else ""
+NO_KERNEL = r"MoE backend.* supports? the deployment configuration"
+"""vLLM's words where no kernel of this processor fits a model's experts."""
 
 
-PPO = {
-    "qwen2": (
-        "advantage.name=gae", "learner.critic.kind=model", "learner.loss.kl_coef=0.001", "learner.loss.kl_in=reward",
-    ),
-}  # fmt: skip
-"""By architecture: what else its steps are taken with. The recipes of Qwen2.5 that come first are PPO."""
+def random_model(architecture: str, folder: Path) -> Path:
+    """A tiny checkpoint of that architecture."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(tiny(architecture, folder))
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
 
 
-# A random Qwen3 takes its two steps in test_real_text.py.
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"qwen3"}))
-def test_two_steps_by_the_real_pipeline(architecture: str, tmp_path: Path) -> None:
-    log, model = tmp_path / "log", tiny(architecture, tmp_path / "model")
-    overrides = (
-        "name=tiny", f"storage_path={tmp_path}", f"model.path={model}", "model.init=random", *SMALL, "train.steps=2", "train.eval_tasks=1",
-        "buffer.max_staleness=0", "protocol.tools.bare_answer=true", "sampling.on_length=final", "sampling.max_turn_tokens=24",
-        "sampling.max_turns=2", "engine.kv_cache_gb=0.1",
-        # Random models are always wrong: what moves the weights, and by enough to be seen, is the entropy bonus.
-        "learner.lr=0.01", "learner.loss.entropy_coef=1.0", *PPO.get(architecture, ()),
+def a_sample(prompt: list[int], sampled: Generation, number: int) -> Sample:
+    """A prompt and what an engine sampled after it; every other one was good."""
+    length, count = len(prompt), len(sampled.token_ids)
+    mask = np.repeat(np.array([0, 1], np.int8), (length, count))
+    return Sample(
+        token_ids=np.array([*prompt, *sampled.token_ids]), mask=mask, logprobs=np.array([*[0.0] * length, *sampled.logprobs]),
+        advantages=np.where(mask, (-1.0) ** number, 0.0), versions=np.where(mask, 0, -1), temperatures=np.ones(length + count), group_id="g",
+        rollout_id=f"r{number}", reward=0.0,
     )  # fmt: skip
-    with gumshoe("train", "demo", *overrides, log=log) as process:
-        wait_for(
-            lambda: process.poll() is not None or len(rows(tmp_path / "tiny", "publish")) == 3,
-            process,
-            log,
-            timeout_s=240,
-        )
-        code = process.poll()
-    output = log.read_text()
-    reason = missing_kernel(output)
-    if code and reason:
-        print(f"{architecture} is not run: {reason}")
-        pytest.skip(f"no CPU kernel for {architecture}: {reason}")
-    assert not code, output[-3000:]
-    steps = rows(tmp_path / "tiny", "train")
-    assert [row["step"] for row in steps] == [1, 2]
-    for row in steps:
-        print({key: row.get(key) for key in ("grad_norm", "mismatch/kl_k3", "ratio/max", "staleness/max")})
-    assert all(row["grad_norm"] > 0 and row["staleness/max"] == 0 for row in steps)
-    if architecture in PPO:
-        assert steps[0]["gae/return_mean"] == 0, "nothing was right, and nothing had moved away from the reference"
-        assert steps[1]["gae/kl_charged"] != 0 and steps[1]["value/loss"] > 0 and steps[1]["value/grad_norm"] > 0
-    # The second batch was sampled with published weights.
-    assert abs(steps[1]["mismatch/kl_k3"]) < 1e-6 and abs(steps[1]["ratio/max"] - 1) < 1e-2
+
+
+# Qwen3 in its dense form is the policy of the whole runs.
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"qwen3"}))
+async def test_an_engine_samples_by_the_weights_that_the_learner_steps(architecture: str, tmp_path: Path) -> None:
+    folder, prompts = random_model(architecture, tmp_path / "model"), [[7, 11, 13 + i] * 4 for i in range(4)]
+    learner = Learner(load_model(folder), LearnerConfig(lr=0.01))
+    engine, writer = PolicyEngine(EngineConfig(str(folder), max_model_len=256, kv_cache_gb=0.1)), ShmWriter(tmp_path)
+    try:
+        await engine.start()
+    except EngineError as error:
+        assert re.search(NO_KERNEL, str(error)), error
+        pytest.skip(f"no CPU kernel for {architecture}: {error}")
+    try:
+        for step in (1, 2):
+            sampled = [
+                await engine.generate(p, request_id=f"{step}-{i}", max_tokens=24, temperature=1.0)
+                for i, p in enumerate(prompts)
+            ]
+            told = learner.step([a_sample(p, g, i) for i, (p, g) in enumerate(zip(prompts, sampled, strict=True))])
+            print({key: told[key] for key in ("grad_norm", "mismatch/kl_k3", "ratio/max")})
+            assert told["grad_norm"] > 0
+            assert abs(told["mismatch/kl_k3"]) < 1e-6 and abs(told["ratio/max"] - 1) < 1e-2
+            manifest = writer.write(named_weights_for_publish(learner.model))
+            assert (await publish({"a": engine}, ShmTransport(manifest), f"v{step}")).ok
+    finally:
+        await engine.shutdown()
+        writer.close()
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_published_names_are_those_of_the_checkpoint(architecture: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = tiny(architecture, tmp_path / "model")
-    hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    hf.save_pretrained(folder)
+    folder = random_model(architecture, tmp_path / "model")
     saved, policy = load_file(folder / "model.safetensors"), load_model(folder)
     published = {name: weight.contiguous() for name, weight in named_weights_for_publish(policy)}
     assert published.keys() == saved.keys() and all(torch.equal(published[name], saved[name]) for name in saved)

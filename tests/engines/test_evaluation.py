@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
-from tests.runs import finished, gumshoe
+from tests.runs import Tail, below, end, events, finished, gumshoe, wait_for
 from tests.support.chat_agent_server import AgentServer, Fault
 
 
@@ -56,3 +58,34 @@ def test_a_chat_agent_is_evaluated_over_http(tmp_path: Path) -> None:
     assert summary["metrics"]["accuracy"]["mean"] == 1.0 and summary["cost"]["total"] > 0
     units = rows(folder / "units.jsonl")
     assert len(units) == 20 and all(u["trajectory"]["identity"]["protocol"].startswith("chat:") for u in units)
+
+
+def test_a_served_checkpoint_that_is_killed_under_way_costs_no_question_anything(tmp_path: Path) -> None:
+    """The server alone is killed: what it leaves behind ends too, its actor starts another, and questions wait for that."""
+    log, folder, questions = tmp_path / "log", tmp_path / "killed", 24
+    command = (
+        "eval", "eval_demo", "name=killed", f"storage_path={tmp_path}", "agent.name=react", "agent.settings.reserve_tokens=64",
+        "agent.settings.max_reply_tokens=32", "engine.max_model_len=2048", "world.num_entities=60", f"world.num_tasks={questions}",
+        "retrieval.kind=bm25", "rollout.groups_in_flight=3", "reward.name=outcome", "ray.object_store_mb=128",
+    )  # fmt: skip
+    with gumshoe(*command, log=log) as process:
+        units, seen = Tail(folder / "units.jsonl"), list[Any]()
+
+        def some() -> bool:
+            seen.extend(units.new())
+            return len(seen) >= 4
+
+        wait_for(some, process, log, 180)
+        [server] = [pid for pid, title in below(process.pid).items() if "cluster.vllm.serve" in title]
+        family = list(below(server))
+        os.kill(server, signal.SIGKILL)
+        assert family and not end(family, 10)
+        finished(process, log, 240)
+    played = rows(folder / "units.jsonl")
+    assert sorted(u["unit"][0] for u in played) == sorted({t["id"] for t in rows(folder / "tasks.jsonl")})
+    assert len(played) == questions and {(u["state"], u["tries"]) for u in played} == {("done", 1)}
+    assert all(t["usage"]["tokens_out"] for u in played for t in u["trajectory"]["turns"] if t["role"] == "policy")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["units"] == {"scored": questions, "unjudged": 0, "failed": 0, "missing": 0}
+    assert summary["metrics"]["accuracy"]["n"] == questions
+    assert any("chat engine 0 died" in line for line in events(folder))

@@ -1,4 +1,4 @@
-"""A user's own world by configuration alone: two optimiser steps of a randomly initialised Qwen3 with a large vocabulary.
+"""A user's own world by configuration alone: two optimiser steps of a randomly initialised Qwen3 with a large vocabulary, by PPO.
 
 The real command in a process of its own, on the packages installed here, judged by a chat endpoint over HTTP.
 """
@@ -27,6 +27,10 @@ SMALL = (
     "sampling.max_turn_tokens=24",
     "train.eval_tasks=4",
     "train.eval_every=0",
+    "advantage.name=gae",
+    "learner.critic.kind=model",
+    "learner.loss.kl_coef=0.001",
+    "learner.loss.kl_in=reward",
 )
 MARK = "GUMSHOE_TEST_RUN"
 
@@ -87,6 +91,8 @@ def test_two_steps_on_real_text_by_configuration_alone(tmp_path: Path) -> None:
     steps = [r for r in rows if r["kind"] == "train"]
     assert [r["step"] for r in steps] == [1, 2]
     assert all(math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]) for r in steps)
+    assert steps[0]["gae/return_mean"] == 0, "nothing was right, and nothing had moved away from the reference"
+    assert steps[1]["gae/kl_charged"] != 0 and steps[1]["value/loss"] > 0 and steps[1]["value/grad_norm"] > 0
     assert steps[0]["grad_norm"] > 0  # every answer is wrong, and yet something is trained: the entropy bonus
     for row in steps:
         books = {k.removeprefix("ledger/"): v for k, v in row.items() if k.startswith("ledger/") and k.count("/") == 1}

@@ -1,4 +1,5 @@
-"""A recorded run, replayed: the same algorithm gives the same losses, another one others, and no sampler is started."""
+"""A recorded run of SLATE: its candidates are trained and told of; replayed, the same algorithm gives the same losses, another one
+others, and no sampler is started."""
 
 import copy
 import json
@@ -15,15 +16,24 @@ from agents.learning.model import load_model
 from agents.types import Task, Version
 from cluster.buffer import Buffer, BufferConfig, BufferSetup
 from cluster.config import ROOT, load_config
-from cluster.record import Recording, recorded
+from cluster.record import Recording, recorded, recorded_batches
 from cluster.replay import Replay
 from cluster.schema import RunConfig
 from tests.builders import a_group
 from tests.learning_tools import tiny_qwen3
 from tests.runs import SMALL, below, finished, gumshoe, rows, wait_for
 
-STEPS = 6
+STEPS, K, BUDGET = 4, 3, 4
+SLATE = (
+    *SMALL, "buffer.group_size=1", f"train.steps={STEPS}", "train.eval_tasks=1", "buffer.max_staleness=0", "reward.name=slate",
+    "learner.loss.entropy_coef=0.01", "advantage.name=grpo", "sampling.sampler=steps", f"sampling.steps.k={K}",
+    f"sampling.steps.budget={BUDGET}", f"reward.slate.budget={BUDGET}",
+)  # fmt: skip
 POLICY = ROOT / "envs" / "world" / "policy"
+
+
+MOVES = 6
+"""Steps of the run that went back."""
 
 
 async def take(source: Any, learner: Learner, incarnation: int, step: int) -> float:
@@ -39,7 +49,7 @@ async def test_a_run_that_went_back_replays_what_it_trained_in_the_end(tmp_path:
     """Groups come back out of order, and steps 2 and 3 are trained twice, the second time on other groups."""
     tasks = [Task(f"t{i}", "question?", ("x",)) for i in range(40)]
     setup = BufferSetup(
-        BufferConfig(1, 2, 3), AdvantageConfig(name="c_grpo"), STEPS, journal=str(tmp_path / "ledger.jsonl"),
+        BufferConfig(1, 2, 3), AdvantageConfig(name="c_grpo"), MOVES, journal=str(tmp_path / "ledger.jsonl"),
         record=str(tmp_path / "groups"),
     )  # fmt: skip
     buffer, learner = Buffer(setup, Uniform(tasks, seed=3)), Learner(tiny_qwen3(), LearnerConfig(lr=1e-3))
@@ -61,7 +71,7 @@ async def test_a_run_that_went_back_replays_what_it_trained_in_the_end(tmp_path:
     losses: dict[int, float] = {}
     saved, weights = None, None
     step = 0
-    while step < STEPS:
+    while step < MOVES:
         await play(step)
         losses[step] = await take(buffer, learner, incarnation, step)
         step += 1
@@ -77,18 +87,15 @@ async def test_a_run_that_went_back_replays_what_it_trained_in_the_end(tmp_path:
 
     replay, again = Replay(setup, str(tmp_path)), Learner(tiny_qwen3(), LearnerConfig(lr=1e-3))
     replayed = await replay.enter(None)
-    found = [await take(replay, again, replayed, step) for step in range(STEPS)]
-    assert found == pytest.approx([losses[step] for step in range(STEPS)], abs=1e-6)
-    assert len({round(loss, 6) for loss in found}) == STEPS, "every step is another one"
+    found = [await take(replay, again, replayed, step) for step in range(MOVES)]
+    assert found == pytest.approx([losses[step] for step in range(MOVES)], abs=1e-6)
+    assert len({round(loss, 6) for loss in found}) == MOVES, "every step is another one"
 
 
 def train(tmp_path: Path, name: str, *more: str) -> tuple[Path, set[str]]:
     """A small run to its end; returns its folder and the titles of all its processes seen on the way."""
     log, run_dir, seen = tmp_path / f"{name}.log", tmp_path / name, set[str]()
-    command = (
-        "train", "configs/demo.yaml", f"name={name}", f"storage_path={tmp_path}", *SMALL, f"train.steps={STEPS}",
-        "buffer.max_staleness=0", *more,
-    )  # fmt: skip
+    command = ("train", "configs/demo.yaml", f"name={name}", f"storage_path={tmp_path}", *SLATE, *more)
     with gumshoe(*command, log=log) as process:
 
         def look() -> bool:
@@ -119,6 +126,25 @@ def test_a_live_run_records_every_group_it_trains(live: Path) -> None:
     assert recording.manifest["protocol"] == next(recorded(live)).members[0].trajectory.identity.protocol
 
 
+def test_candidates_are_trained_and_episodes_are_counted(live: Path) -> None:
+    steps = rows(live, "train")
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1)) and steps[-1]["ledger/trained"] == 2 * STEPS
+    for row, (_, groups) in zip(steps, recorded_batches(live), strict=True):
+        candidates = sum(len(step.members) for group in groups for step in group.steps)
+        assert row["groups/samples"] == candidates and candidates % K == 0 and row["episodes"] == 2
+        assert row["staleness/max"] == 0 and abs(row["mismatch/kl_k3"]) < 1e-6
+        assert row["learner/shared_tokens"] > 0
+    assert max(row["grad_norm"] for row in steps) > 0
+
+
+def test_the_cost_of_judging_and_the_candidates_are_told(live: Path) -> None:
+    judge = json.loads((live / "summary.json").read_text())["judge"]
+    assert judge["judge/questions_steps"] >= 4
+    assert 0 < judge["judge/asked_steps"] <= 2 * K * BUDGET * judge["judge/questions_steps"]
+    page = (live / "report.html").read_text()
+    assert f"{K} candidates, number " in page and "sampled step by step" in page
+
+
 def test_the_same_algorithm_gives_the_same_losses(live: Path, tmp_path: Path) -> None:
     same, seen = train(tmp_path, "same", "--replay", str(live))
     assert losses(same) == pytest.approx(losses(live), abs=1e-5)
@@ -128,14 +154,14 @@ def test_the_same_algorithm_gives_the_same_losses(live: Path, tmp_path: Path) ->
     assert any(title.startswith("ray::Replay") for title in seen)
 
     summary = json.loads((same / "summary.json").read_text())
-    assert summary["steps"] == STEPS and summary["ledger"]["trained"] == 8 * STEPS and summary["checkpoint"]
+    assert summary["steps"] == STEPS and summary["ledger"]["trained"] == 2 * STEPS and summary["checkpoint"]
     assert all(row["staleness/max"] == 0 for row in rows(same, "train"))
     assert (same / "report.html").exists()
 
 
 async def test_another_algorithm_trains_otherwise_on_the_same_groups(live: Path) -> None:
     """In this process: the learner's side is the same, and the command was seen above."""
-    config = load_config("demo", list(SMALL), RunConfig)
+    config = load_config("demo", list(SLATE), RunConfig)
     setup = BufferSetup(config.buffer, AdvantageConfig(name="dr_grpo"), STEPS)
     replay, learner = Replay(setup, str(live)), Learner(load_model(str(POLICY), config.learner), config.learner)
     incarnation = await replay.enter(None)

@@ -19,6 +19,7 @@ from cluster import cli
 from cluster.config import CONFIGS, config_names, load_config, sections
 from cluster.errors import UserError
 from cluster.evaluation.config import BudgetConfig, ChatConfig, EvalConfig, differing, identity
+from cluster.evaluation.engines import served
 from cluster.evaluation.journal import SCORES, TASKS, UNITS, VERDICTS, Folder, open_folder
 from cluster.evaluation.judge import judge, judge_hash
 from cluster.evaluation.plan import checks, contents, jobs, lacking, questions
@@ -190,6 +191,30 @@ def test_identity_holds_what_an_answer_hangs_on_and_no_more(tmp_path: Path) -> N
     for key, value in other.items():
         [said] = list(differing(before, named(_set(key, value))))
         assert said.startswith(f"{key} is ")
+
+
+def test_identity_of_a_served_checkpoint_and_of_a_budget_of_money(tmp_path: Path) -> None:
+    def named(*changes: tuple[str, Any]) -> dict[str, Any]:
+        found = config(tmp_path)
+        for key, value in (("policy.kind", "checkpoint"), ("agent.name", "react"), *changes):
+            _set(key, value)(found)
+        return identity(found)
+
+    asked = "policy.chat.extra_body"
+    assert list(differing(named(), named((asked, {"top_p": 0.5})))) == [f"{asked}.top_p is 0.5 (was None)"]
+    assert not list(differing({k: v for k, v in named().items() if k != asked}, named())), "no setting came to be"
+    paid = ("budget.money", 1.0), ("policy.chat.price_in", 2.0)
+    assert list(differing(named(*paid), named(*paid, ("policy.chat.price_in", 3.0))))
+
+
+def test_the_window_of_a_served_checkpoint_is_its_engines(tmp_path: Path) -> None:
+    found = config(tmp_path)
+    assert served(found).context_window == 0, "an endpoint says so by refusing"
+    found.policy.kind, found.engine = "checkpoint", replace(found.engine, max_model_len=2048)
+    assert served(found).context_window == 2048
+    for given, kept in ((1000, 1000), (4096, 2048)):
+        found.policy.chat.context_window = given
+        assert served(found).context_window == kept
 
 
 # --------------------------------------------------------------------------------------------------------- folder

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from agents.report.evaluation_load import load_evaluation
 from agents.types import RecordError, Turn, Usage
 from cluster.errors import UserError, redacted
 from cluster.evaluation.config import EvalConfig
@@ -25,6 +26,7 @@ from cluster.machine import check_engines
 from cluster.model import ModelShape
 from cluster.progress import Progress
 from envs.benchmarks.base import Benchmark, BenchmarkConfig
+from rewards.config import RewardConfig
 from tests.unit.test_evaluation import CANARY, config, played_units, secret, write_played
 
 GIB = 1 << 30
@@ -46,6 +48,19 @@ def once_played() -> list[Played]:
 
 
 # --------------------------------------------------------------------------------------------------- stages alone
+
+
+def test_a_report_shows_the_verdicts_of_the_judge_that_was_scored(played: Any) -> None:
+    found, _ = played
+    shown = []
+    for reward in ("outcome", "carr", "outcome"):
+        found.reward = RewardConfig(name=reward, lazy_rubrics=False)
+        summary = json.loads(Path(evaluate(found, Asked.of("judge,score"))["summary"]).read_text())
+        data = load_evaluation(Path(found.storage_path) / found.name)
+        judges = {data.verdict(sample.judged)[1] for samples in data.questions.values() for sample in samples}
+        assert judges == {summary["judge_hash"]}
+        shown += judges
+    assert shown[0] == shown[2] != shown[1], "what was judged before is judged, and shown, no second time"
 
 
 def test_a_stage_wants_nothing_that_only_another_one_needs(played: Any) -> None:
@@ -287,6 +302,18 @@ def test_a_log_holds_a_line_a_minute_and_the_last() -> None:
         progress.update(step, {})
     shown = stream.getvalue().splitlines()
     assert len(shown) == 6 and shown[0].startswith("question   1/300") and shown[-1].startswith("question 300/300")
+
+
+@pytest.mark.parametrize("agent", ["policy", "react"])
+def test_a_tokenizer_that_is_not_there_is_refused_whoever_speaks(tmp_path: Path, agent: str) -> None:
+    found = config(tmp_path)
+    found.policy.kind, found.agent.name = "checkpoint", agent
+    found.model.path, found.model.tokenizer = "envs/world/policy", str(tmp_path / "nothing")
+    found.engine = replace(found.engine, max_model_len=2048)
+    found.sampling.max_context = 2048
+    with pytest.raises(UserError, match=r"tokenizer folder .*nothing does not exist; correct model\.tokenizer"):
+        for check in checks(found):
+            check()
 
 
 def test_engines_that_do_not_fit_into_memory_are_refused_before_they_start(tmp_path: Path) -> None:

@@ -18,8 +18,22 @@ from hypothesis import strategies as st
 from agents.chat.base import BudgetSpent
 from agents.interfaces import ChatFailed, ChatReply
 from agents.sampling.config import SamplingConfig
-from agents.types import Generation, Query, Role, Sampling, Span, StopReason, Task, ToolCall, ToolEvent, Usage, Version
+from agents.types import (
+    Generation,
+    Query,
+    Role,
+    Sampling,
+    Span,
+    StopReason,
+    Task,
+    ToolCall,
+    ToolEvent,
+    Turn,
+    Usage,
+    Version,
+)
 from cluster.errors import UserError
+from cluster.evaluation import workers
 from cluster.evaluation.budget import BudgetedChat, BudgetedPolicy, BudgetedSandbox, Purse
 from cluster.evaluation.chat import ChatEndpoint
 from cluster.evaluation.config import BudgetConfig, ChatConfig, EvalConfig
@@ -27,9 +41,10 @@ from cluster.evaluation.journal import open_folder
 from cluster.evaluation.plan import jobs, questions
 from cluster.evaluation.records import Played, State, Unit
 from cluster.evaluation.run import Teller, work
+from cluster.evaluation.score import score_units
 from cluster.evaluation.workers import Given, Kit, Player, Without, seed_of
 from cluster.rollout import RolloutConfig
-from envs.benchmarks.base import BenchmarkConfig
+from envs.benchmarks.base import Benchmark, BenchmarkConfig
 from envs.config import SandboxConfig
 from tests.support import virtual_time
 from tests.support.chat_agent_server import Fault, ScriptedChat
@@ -77,7 +92,7 @@ def asked(
     bodies: list[dict[str, Any]] = []
 
     async def exchange(self: Any, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
-        bodies.append(body)
+        bodies.append(dict(body))
         found = replies[min(len(bodies), len(replies)) - 1]
         if isinstance(found, Exception):
             raise found
@@ -146,6 +161,22 @@ def test_a_refusal_for_the_length_is_no_failure(status: int, said: str) -> None:
     assert reply.usage.finish_reason == "context" and len(bodies) == 1 and not reply.usage.estimated
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "max_tokens=3000 cannot be greater than max_model_len=2048. Please request fewer output tokens.",
+        "This model's maximum context length is 2048 tokens. However, you requested 3100 tokens (100 in the messages, 3000 in the completion).",
+        "Requested token count exceeds the model's maximum context length of 2,048 tokens. You requested a total of 3100 tokens.",
+    ],
+)
+def test_a_reply_too_long_for_the_context_is_not_taken_for_too_long_a_request(said: str) -> None:
+    refused = (400, {}, {"error": {"message": said}})
+    reply, bodies = asked([refused, answer({"content": "well"})], replace(CHAT, max_tokens=3000))
+    assert reply.text == "well" and [b["max_tokens"] for b in bodies] == [3000, 1024]
+    reply, bodies = asked([refused], replace(CHAT, max_tokens=3000))
+    assert reply.usage.finish_reason == "context" and len(bodies) == 2
+
+
 def test_tokens_that_nobody_counted_are_estimated() -> None:
     reply, _ = asked([answer({"content": "x" * 400})])
     usage = reply.usage
@@ -171,7 +202,7 @@ def test_trouble_is_tried_again_and_then_fails() -> None:
 
 
 def test_a_full_context_is_no_failure() -> None:
-    said = {"error": {"message": "This model's maximum context length is 4096 tokens"}}
+    said = {"error": {"message": "This model's maximum context length is 9000 tokens"}}
     reply, bodies = asked([(400, {}, said)])
     assert reply.usage.finish_reason == "context" and len(bodies) == 1
     with pytest.raises(ChatFailed, match="HTTP 400"):
@@ -312,6 +343,7 @@ def test_a_question_is_played_to_its_answer() -> None:
     assert played.trajectory.answer in TASK.answers and played.trajectory.stop is StopReason.answered
     assert {e.call.name for e in played.trajectory.events} == {"search", "open"} and played.seconds["unit"] > 0
     assert all(t.usage and t.usage.tokens_in for t in played.trajectory.turns if t.role is Role.policy)
+    assert played.trajectory.identity.sampling.max_tokens == 1000, "what the endpoint was asked for"
 
 
 def test_who_spends_a_budget_is_scored_and_keeps_its_turns() -> None:
@@ -319,6 +351,31 @@ def test_who_spends_a_budget_is_scored_and_keeps_its_turns() -> None:
     assert played.state is State.done and played.trajectory is not None
     assert played.trajectory.stop is StopReason.budget and "budget.calls=1" in played.trajectory.error
     assert len(played.trajectory.events) == 1 and len(played.trajectory.turns) > 2
+
+
+def test_seconds_of_a_token_policy_count_once_when_its_budget_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slept:
+        leaf, events = 0, ()
+
+        def __init__(self, *_: Any) -> None:
+            self.turns, self.seconds = [Turn.given(0, -1, Role.prompt, (1,))], {"generate": 0.03, "tools": 0.0}
+
+    async def spent(rollout: Any) -> Any:
+        await asyncio.sleep(0.03)
+        raise BudgetSpent("budget.tokens=1 is spent (2)")
+
+    monkeypatch.setattr(workers, "Rollout", Slept)
+    monkeypatch.setattr(workers, "finish", spent)
+    speech = mock.Mock(tokenizer_fingerprint="t", template_fingerprint="t", decode=lambda ids: "")
+    speech.name = "tools"
+
+    async def one() -> Played:
+        player = Player(kit(speech=lambda: speech), backend(), policy=mock.Mock())
+        return await player.play(TASK, Unit(TASK.id, 0, "c"))
+
+    played = asyncio.run(one())
+    [scored] = score_units(Benchmark("b", (TASK,), ()), [played], [], [])
+    assert scored.facts["stop"] == "budget" and 0.03 <= scored.facts["seconds"] <= played.seconds["unit"]
 
 
 def test_infrastructure_fails_and_agents_do_not() -> None:

@@ -17,9 +17,9 @@ from agents.chat.base import BudgetSpent
 from agents.interfaces import ChatFailed, ChatReply
 from agents.types import Generation, Sampling, Span, Usage, Version
 from cluster.evaluation.budget import BudgetedChat, BudgetedPolicy, Purse
-from cluster.evaluation.chat import ChatEndpoint
+from cluster.evaluation.chat import ChatEndpoint, NoReply
 from cluster.evaluation.config import BudgetConfig, ChatConfig
-from cluster.evaluation.engines import EngineAway, EngineChat, limits_of
+from cluster.evaluation.engines import EngineAway, EngineChat, Shared, limits_of
 from cluster.rollout import RemotePolicy, RolloutConfig
 from cluster.stopwatch import Stopwatch, TimeUp, shown_s, standing, turn_back
 from cluster.watchdog import Waits
@@ -120,7 +120,7 @@ def test_pauses_and_tries_that_came_to_nothing_are_not_the_agents() -> None:
     assert played(chat_config(backoff_s=20.0), 1, 1.0, lambda n: 503 if n < 3 else 0.6) == ["well"]
     slow = chat_config(timeout_s=0.8, retries=3)
     assert played(slow, 1, 1.0, lambda n: 60.0 if n < 2 else 0.6) == ["well"]
-    assert played(slow, 1, 1.0, lambda n: 60.0) == ["ChatFailed"], "nobody answered, which is no fault of the agent"
+    assert played(slow, 1, 1.0, lambda n: 60.0) == ["NoReply"], "nobody answered, which is no fault of the agent"
     assert played(chat_config(), 1, 1.0, lambda n: 1.5) == ["BudgetSpent"], "a slow reply is the policy's own"
 
 
@@ -183,12 +183,14 @@ class Engine:
         return body()
 
 
-def asked(engines: Sequence[Engine], *, start_s: float = 900.0, seconds: float = 1.0, workers: int = 1) -> str:
+def asked(
+    engines: Sequence[Engine], *, start_s: float = 900.0, seconds: float = 1.0, workers: int = 1, retries: int = 4
+) -> str:
     """What a question of so many seconds is told."""
 
     async def body() -> str:
-        limits = limits_of(chat_config(), len(engines), workers)
-        chat = EngineChat(engines, "session", 0, Waits(), limits, start_s)
+        shared = Shared(limits_of(chat_config(), len(engines), workers), start_s, retries)
+        chat = EngineChat(engines, "session", 0, Waits(), shared)
         budgeted = BudgetedChat(chat, Purse(BudgetConfig(seconds=seconds), time.monotonic), 100)
         return (await budgeted.reply(USER)).text
 
@@ -215,6 +217,18 @@ def test_a_question_waits_for_an_engine_that_starts_again() -> None:
         asked([restarts(300.0)], start_s=200.0)
 
 
+def test_tries_at_an_engine_that_come_to_nothing_are_not_the_agents() -> None:
+    def silent(times: int) -> Engine:
+        engine = Engine(lambda now: "well" if len(engine.asked) > times else NoReply("HTTP 503"))
+        return engine
+
+    assert asked([silent(4)]) == "well"
+    gone = silent(99)
+    with pytest.raises(ChatFailed, match="no chat engine answers: HTTP 503"):
+        asked([gone])
+    assert len(gone.asked) == 5
+
+
 def test_what_an_engine_refuses_fails_at_once_and_a_request_that_kills_engines_soon() -> None:
     refuses = Engine(lambda now: ChatFailed("HTTP 400"))
     with pytest.raises(ChatFailed, match="HTTP 400"):
@@ -224,3 +238,41 @@ def test_what_an_engine_refuses_fails_at_once_and_a_request_that_kills_engines_s
     with pytest.raises(ChatFailed, match="no chat engine answers"):
         asked([poison], start_s=1e6)
     assert len(poison.asked) < 10
+
+
+def test_a_request_that_kills_engines_fails_alone() -> None:
+    """Those that shared the engine with it wait, are asked one by one, and lose nothing."""
+    up_at, falls = 0.0, asyncio.Event()
+
+    class Fragile:
+        def remote(self, messages: Any, options: Any) -> Any:
+            async def body() -> ChatReply:
+                nonlocal up_at, falls
+                if time.monotonic() < up_at:
+                    raise ray.exceptions.RayTaskError("reply", "", EngineAway("starting"))
+                if messages[0]["content"] == "poison":
+                    await asyncio.sleep(0.3)
+                    up_at = time.monotonic() + 40
+                    falls.set()
+                    falls = asyncio.Event()
+                    raise ray.exceptions.ActorDiedError()
+                try:
+                    await asyncio.wait_for(falls.wait(), 0.5)
+                except TimeoutError:
+                    return ChatReply("well", usage=Usage(5, 1))
+                raise ray.exceptions.ActorDiedError()
+
+            return body()
+
+    async def all_of_them() -> list[str]:
+        engine, shared = mock.Mock(reply=Fragile()), Shared(limits_of(chat_config(), 1, 1), 900.0, 4)
+
+        async def one(content: str) -> str:
+            chat = EngineChat([engine], content, 0, Waits(), shared)
+            budgeted = BudgetedChat(chat, Purse(BudgetConfig(seconds=1.0), time.monotonic), 100)
+            return (await budgeted.reply([{"role": "user", "content": content}])).text
+
+        found = await asyncio.gather(*map(one, ("a", "b", "poison", "c", "d")), return_exceptions=True)
+        return [type(f).__name__ if isinstance(f, BaseException) else f for f in found]
+
+    assert virtual_time.run(all_of_them()) == ["well", "well", "ChatFailed", "well", "well"]

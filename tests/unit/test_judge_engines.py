@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 from typing import Any
 
+import psutil
 import pytest
 
 from agents.types import Status, Task
@@ -52,6 +54,20 @@ async def test_an_engine_that_does_not_start_is_one_line() -> None:
     with pytest.raises(JudgeError, match=r"was not up within judge.start_s=0.5"):
         await slow.ready()
     await slow.close()
+
+
+async def test_what_a_server_that_was_killed_leaves_behind_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr("cluster.hosted.os._exit", lambda status: ended.set())
+    script = "import runpy, subprocess; subprocess.Popen(['sleep', '60']); runpy.run_module('tests.support.chat_server', run_name='__main__')"
+    engine = JudgeEngine(config(), (sys.executable, "-c", script))
+    await engine.ready()
+    child = psutil.Process(engine._server.child.pid)
+    [left] = [c for c in child.children() if c.name() == "sleep"]
+    child.kill()
+    assert await asyncio.to_thread(ended.wait, 10)
+    assert psutil.wait_procs([left], 10)[0] or left.status() == psutil.STATUS_ZOMBIE
+    await engine.close()
 
 
 @pytest.mark.parametrize(
