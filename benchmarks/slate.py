@@ -113,9 +113,10 @@ def costs(folder: Path, attempts: int) -> dict[str, float]:
 def early(folder: Path, steps: int = 8) -> dict[str, float]:
     """Of the first steps: the share of groups (of attempts, or of a step's candidates) whose rewards were all equal, and the policy's entropy.
     Nothing when the run's folder is gone."""
-    if not (folder / "metrics.jsonl").is_file():
+    rows = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
+    train = {int(r["step"]): r for r in rows if r["kind"] == "train" and r["step"] <= steps}.values()
+    if not train:
         return {}
-    train = {int(r["step"]): r for r in read_metrics(folder) if r["kind"] == "train" and r["step"] <= steps}.values()
     alike, groups = (sum(r[f"groups/{key}"] for r in train) for key in ("zero_spread", "count"))
     return {
         "alike": round(alike / max(1, groups), 3),
@@ -148,7 +149,6 @@ def verdict(seeds: Sequence[int], interval: Sequence[float]) -> bool | str:
 
 def study(given: argparse.Namespace) -> int:
     lab = Lab(given.storage)
-
     names: dict[tuple[str, int], str] = {}
 
     def plan(arm: str, seed: int) -> Plan:
@@ -185,6 +185,7 @@ def study(given: argparse.Namespace) -> int:
             "success": bootstrap([values(f["after"], "outcome") for f in found]).as_list(), "slate - it": over(arm, seeds),
             "slate - it, by seed": [over(arm, [s]) for s in seeds], "tokens to 0.8": [reached(f["curve"], 0.8) for f in found],
             **{key: [f[key] for f in found] for key in ("steps", "sampled_tokens", "training_s", *COSTS)},
+            "tool calls": [[round(float(np.mean(values(f[moment], "tool_calls"))), 2) for moment in ("before", "after")] for f in found],
             "first 8 steps": [early(lab.storage / names[arm, seed]) for seed in seeds],
         }  # fmt: skip
     for arm in ARMS:

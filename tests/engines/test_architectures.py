@@ -1,7 +1,7 @@
 """Each architecture that a recipe names, as a tiny random model: learner and engine hold the same weights.
 
 Two optimiser steps on what a real engine samples, with a publish between them. A new recipe whose model has another architecture is taken
-up by itself. One that vLLM cannot run on CPU is skipped with its reason. (Whole runs: `test_replay.py`, `test_slate.py`, `test_real_text.py`.)
+up by itself. One that vLLM cannot run on CPU is skipped with its reason. (Whole runs: `test_replay.py`, `test_real_text.py`.)
 """
 
 from __future__ import annotations

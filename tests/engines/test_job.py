@@ -105,7 +105,7 @@ def cluster(site: Path, log: Path) -> Iterator[Cluster]:
 def test_a_killed_job_goes_on_when_it_is_submitted_again(foreign: Path, tmp_path: Path) -> None:
     log, home = tmp_path / "log", tmp_path / "home"
     store = home / "gumshoe" / "mine"
-    run_dir, run = store / "ours", ("name=ours", "resume=auto", *SMALL, "train.steps=6", "train.checkpoint_every=1")
+    run_dir, run = store / "ours", ("name=ours", "resume=auto", *SMALL, "train.steps=8", "train.checkpoint_every=2")
     with cluster(foreign, tmp_path / "ray.log") as there:
         submit = ("submit", "configs/demo.yaml", *run, f"storage_path={store}", "--address", there.address)
         with gumshoe(*submit, log=log, env={**OPEN, "PYTHONPATH": str(foreign)}) as process:
@@ -127,11 +127,11 @@ def test_a_killed_job_goes_on_when_it_is_submitted_again(foreign: Path, tmp_path
         done = subprocess.run(plain, cwd=ROOT, env={**os.environ, **OPEN}, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         assert not there.left_in_job_folders()
-    assert len(before) < 6, "the first job was to be killed on its way"
+    assert len(before) < 8, "the first job was to be killed on its way"
     steps = [r["step"] for r in rows_since(run_dir, "learner 1 begins")]
-    assert steps == list(range(int(saved.name.removeprefix("step-")) + 1, 7)), "it went on from the newest checkpoint"
+    assert steps == list(range(int(saved.name.removeprefix("step-")) + 1, 9)), "it went on from the newest checkpoint"
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["ledger"]["trained"] == 6 * 8
+    assert summary["ledger"]["trained"] == 8 * 8
     replayed(journal(run_dir / "ledger.jsonl")).agrees(summary["ledger"])
     assert Path(summary["checkpoint"]).is_relative_to(store) and Path(summary["checkpoint"]).is_dir()
     assert (run_dir / "report.html").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -98,34 +99,30 @@ def left_of(family: list[psutil.Process], within_s: float) -> list[int]:
     return left
 
 
-def test_the_server_ends_with_the_process_that_started_it() -> None:
-    """Killed, so that it has no chance to tell. The server is hollow, and starts a process of its own as vLLM does its engine."""
-    server = (
-        "import subprocess, sys, time\n"
-        "from cluster.runtime import end_with_parent\n"
-        "end_with_parent(10.0, group=True)\n"
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "time.sleep(600)\n"
+def test_the_server_ends_with_the_process_that_started_it(checkpoint: Path) -> None:
+    """Killed, so that it has no chance to tell."""
+    code = (
+        "import asyncio, json, os, sys\n"
+        "from cluster.judges import JudgeEngine\n"
+        "from rewards.judges.base import JudgeConfig\n"
+        "async def main():\n"
+        "    engine = JudgeEngine(JudgeConfig(**json.loads(sys.argv[1])))\n"
+        "    await engine.ready()\n"
+        "    print(engine._server.child.pid, flush=True)\n"
+        "    await asyncio.sleep(600)\n"
+        "asyncio.run(main())\n"
     )
-    owner = (
-        "import sys, time\n"
-        "from cluster.hosted import ModelServer\n"
-        "kept = ModelServer('m', [], num_gpus=0, start_s=60, what='', mend='', limit='', error=ValueError,"
-        " command=[sys.executable, '-c', sys.argv[1]])\n"
-        "print(kept.child.pid, flush=True)\n"
-        "time.sleep(600)\n"
+    options = {"kind": "vllm", "model": str(checkpoint), "num_gpus": 0, "engine_args": ARGS, "start_s": 240}
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(options)], stdout=subprocess.PIPE, text=True, env=os.environ | CALM
     )
-    process = subprocess.Popen([sys.executable, "-c", owner, server], stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None
-        child = psutil.Process(int(process.stdout.readline()))
-        deadline = time.monotonic() + 60
-        while not (below := child.children(recursive=True)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert below
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not left_of([child, *below], 40)
+        assert owner.stdout is not None
+        child = psutil.Process(int(owner.stdout.readline()))
+        family = [child, *child.children(recursive=True)]
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        assert not left_of(family, 40)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            process.kill()
+            owner.kill()

@@ -1,4 +1,4 @@
-"""An evaluation whose runner is killed mid-way: what was played is not played again, and the numbers are those of a calm run."""
+"""An evaluation whose runner is killed twice mid-way: what was played is not played again, and the numbers are those of a calm run."""
 
 from __future__ import annotations
 
@@ -42,20 +42,21 @@ def scores(folder: Path) -> dict[str, Any]:
     return {row["unit"][0]: row for row in rows}
 
 
-def test_a_runner_that_is_killed_gives_the_numbers_of_a_calm_run(tmp_path: Path) -> None:
+def test_a_runner_that_is_killed_twice_gives_the_numbers_of_a_calm_run(tmp_path: Path) -> None:
     with AgentServer(delay_s=0.15, faults=[Fault("503", rate=0.05)], model="agent-mixed") as server:
         killed, log = config(tmp_path, "killed", server.url), tmp_path / "log"
-        with gumshoe("eval", killed, log=log) as process:
-            units = Tail(tmp_path / "killed" / "units.jsonl")
-            seen: list[Any] = []
+        for at_least in (8, 20):
+            with gumshoe("eval", killed, log=log) as process:
+                units = Tail(tmp_path / "killed" / "units.jsonl")
+                seen: list[Any] = []
 
-            def enough() -> bool:
-                seen.extend(units.new())
-                return len(seen) >= 10
+                def enough(units: Tail = units, seen: list[Any] = seen, at_least: int = at_least) -> bool:
+                    seen.extend(units.new())
+                    return len(seen) >= at_least
 
-            wait_for(enough, process, log, 150)
-            assert process.poll() is None and not kill_driver(process, GRACE_S)
-            assert process.returncode == -signal.SIGKILL
+                wait_for(enough, process, log, 150)
+                assert process.poll() is None and not kill_driver(process, GRACE_S)
+                assert process.returncode == -signal.SIGKILL
         with gumshoe("eval", killed, log=log) as process:
             output = finished(process, log, 150)
         with gumshoe("eval", config(tmp_path, "calm", server.url), log=tmp_path / "calm.log") as process:

@@ -333,5 +333,7 @@ async def test_memory_is_flat_however_long_the_replay_goes_on(tmp_path: Path) ->
             await replay._ahead[1]  # the next batch is made by another thread: count when it lies there
             gc.collect()
             held.append(Counter(type(thing).__name__ for thing in gc.get_objects()))
-    # 79 steps lie between the counts: what a step leaves behind would be there 79 times.
-    assert [name for name, count in (held[1] - held[0]).items() if count >= 79] == []
+    grown = held[1] - held[0]
+    # Abstract classes cache whom they were asked about, each by a weak reference with a callback: the interpreter's, not ours.
+    caches = {"ReferenceType", "builtin_function_or_method"}
+    assert sum(count for name, count in grown.items() if name not in caches) < 50, grown.most_common(8)
