@@ -61,6 +61,7 @@ SCENARIOS = {
     "batch of 256": (lambda gpus: FIXED, True),
     "batch of 256, own shards": (lambda gpus: FIXED, False),
     "batch of 8 per GPU": (lambda gpus: EACH * gpus, True),
+    "batch of 8 per GPU, own shards": (lambda gpus: EACH * gpus, False),
 }
 """Episodes of a batch by GPUs; whether each learner rank is sent the whole batch; a run sends each its own part."""
 LARGEST = 512

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import shutil
+import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from cluster import nodes
 from cluster.buffer import Buffer, BufferSetup
 from cluster.errors import UserError, one_line
 from cluster.fleet import Fleet
+from cluster.judges import checkpoint as judge_checkpoint
 from cluster.judges import place as place_judges
-from cluster.layout import learner_place, one_node
+from cluster.layout import learner_place, node_gone, one_node
 from cluster.model import resolve
 from cluster.nodecache import at_hand, furnish, is_place, ship, unpack
 from cluster.placement import RolePlacement, Seats, demands, labelled, reserve, unlabelled
@@ -37,12 +39,15 @@ from cluster.rollout import Play, RolloutWorker
 from cluster.runtime import actor, joined_address, sealed
 from cluster.schema import ProtocolConfig, RunConfig
 from cluster.services import RewardServer
+from cluster.sizes import shares_gpus
 from cluster.speech import make_speech
 from cluster.storage import is_object_store, prove_shared
 from cluster.vllm.engine import EngineConfig
 from cluster.watchdog import Poll, Tally, Watchdog
 
 _CLEAR_S = 10.0
+_LOOK_S = 5.0
+"""Between two looks whether the node that learners are bound to is still there."""
 
 
 class Actors:
@@ -57,12 +62,17 @@ class Actors:
         segments: str = "",
         seats: Seats | None = None,
         furnished: Collection[str] = (),
+        judge_source: str = "",
     ) -> None:
-        """`furnished`: ids of the nodes that have the index where it is one to unpack."""
+        """`furnished`: ids of the nodes that have the index where it is one to unpack. `judge_source`: place of the judge's checkpoint."""
         self._config = config
         self.model = engine.model
         """The policy's place, for a learner on any node (`cluster.nodecache`)."""
         self._seats = seats or Seats()
+        shared = bool(segments) and shares_gpus(config)
+        self._shared = {seat.node() for seat in self._seats.of("sampler")} if shared else set()
+        """Nodes whose GPUs samplers and learners share."""
+        self._looked = time.monotonic()
         self._home, self._segments, self._index = nodes.here(), segments, corpus_dir
         self._furnished, self._furnishing = {self._home, *furnished}, dict[str, Any]()
         here = nodes.bound_to(self._home)
@@ -84,7 +94,8 @@ class Actors:
             judge, cache_dir=whole(judge.cache_dir), record=whole(judge.record), replay=whole(judge.replay)
         )
         self.judges = {
-            f"judge engine {i}": handle for i, handle in enumerate(place_judges(judge, self._seats.of("judge")))
+            f"judge engine {i}": handle
+            for i, handle in enumerate(place_judges(judge, self._seats.of("judge"), judge_source))
         }
         state = str(Path(segments) / "published.json") if segments else ""
         # Engines that need not be there yet would queue for the learner's room, so theirs is asked for when it has published.
@@ -145,9 +156,19 @@ class Actors:
         return len(self._workers)
 
     def tend(self) -> list[str]:
-        """Looks after everybody; returns lines for the log. Raises UserError when somebody dies too often."""
+        """Looks after everybody; returns lines for the log. Raises UserError when somebody dies too often, or it cannot go on."""
+        self._look_for_shared()
         self._grow()
         return [*self.watchdog.look(), *(self._events.take() or ())]
+
+    def _look_for_shared(self) -> None:
+        """Learners are bound to the node whose GPUs they share, and would wait for it without end. Raises UserError."""
+        if not self._shared or time.monotonic() < self._looked + _LOOK_S:
+            return
+        self._looked = time.monotonic()
+        for node in self._shared:
+            if nodes.given_up(node):
+                raise UserError(node_gone(self._config, node))
 
     def _grow(self) -> None:
         """Engines beyond `fleet.min_engines`, where a learner has its room; also for a fleet that Ray has started again."""
@@ -298,8 +319,10 @@ def _speech(model: str, protocol: ProtocolConfig) -> Speech:
     return make_speech(at_hand(model, weights=False), protocol)
 
 
-def _unpacked(config: RunConfig, seats: Seats, model: str, index_dir: str, everyone: Sequence[nodes.Node]) -> set[str]:
-    """Brings model and index to the nodes that need them, before any actor's time to start runs there; returns ids of those with the
+def _unpacked(
+    config: RunConfig, seats: Seats, model: str, index_dir: str, everyone: Sequence[nodes.Node], judge: str = ""
+) -> set[str]:
+    """Brings models and index to the nodes that need them, before any actor's time to start runs there; returns ids of those with the
     index. Raises UserError."""
 
     def those(wanted: set[str]) -> list[nodes.Node]:
@@ -307,6 +330,7 @@ def _unpacked(config: RunConfig, seats: Seats, model: str, index_dir: str, every
 
     home = everyone[0].id
     furnish(model, those({seat.node() for name in ("sampler", "learner") for seat in seats.of(name)}))
+    furnish(judge, those({seat.node() for seat in seats.of("judge")}))
     place = config.placement
     serve = {home, *(seat.node() for name in ("encoder", "store", "shard") for seat in seats.of(name))}
     if place.routers == "node":
@@ -331,6 +355,7 @@ def placed(
     joined = bool(joined_address(config.ray))  # and then nodes may come that are not there yet
     model = ship(model, everyone, storage, joined=joined)
     index_dir = ship(index_dir, everyone, storage, copy=config.placement.copy_index, joined=joined)
+    judge = ship(judge_checkpoint(config.judge), everyone, storage, joined=joined)
     speech = functools.partial(_speech, model, config.protocol)
     journal = config.sandbox.journal  # workers have folders of their own, so paths are made whole here
     journal = dataclasses.replace(
@@ -352,8 +377,8 @@ def placed(
     with reserve(wanted, config.ray.wait_s) as seats:
         if line := one_node(config, {seat.node() for seat in seats.of("sampler")}):
             raise UserError(line)
-        serve = _unpacked(config, seats, model, index_dir, everyone)
-        actors = Actors(config, play, engine, index_dir, segments, seats, serve)
+        serve = _unpacked(config, seats, model, index_dir, everyone, judge)
+        actors = Actors(config, play, engine, index_dir, segments, seats, serve, judge)
         try:
             yield actors, speech
         finally:

@@ -1,7 +1,8 @@
 """Checks that want a GPU, in one command and one JSON: `make gpu-check`, `gumshoe doctor --gpu`, `python -m cluster.gpu_check`.
 
 Each check is passed, failed or not run, and the last two say why in a line. Invariants:
-- A check runs in a process of its own: one that is killed, hangs or runs out of memory ends no other, and memory peaks are its own.
+- A check runs in a process of its own: one that is killed, hangs or runs out of memory ends no other, and memory peaks are its own. It ends
+  with this process, with all it started; unless this one is killed outright nothing of it is left on disk either.
 - Standard library only, here; so it starts on a bare image with torch alone, and what is missing there is a reason, not an error.
 - Nothing is claimed that did not run: without a GPU every check says so. A rehearsal (`--cpu`) runs the code of the checks at tiny sizes on
   the CPU, marks its JSON as one, and proves nothing about a GPU. `NEVER_RUN` lists what no committed result covers.
@@ -20,9 +21,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,9 @@ class Untried:
     what: str
     where: str
     check: str = ""
-    """The check that would cover it; empty: none does, it takes more than one GPU or a whole run."""
+    """The check that would cover it, whole; empty: none does, it takes more than one GPU or a whole run."""
+    also: tuple[str, ...] = ()
+    """Other files that it takes."""
 
 
 NEVER_RUN = (
@@ -96,32 +100,49 @@ NEVER_RUN = (
     Untried(
         "log-probs in chunks on a GPU, and their peak of memory", "agents/learning/logprobs.py", "chunked_logprobs"
     ),
-    Untried("speed (MFU) and memory of the learner at 0.6 to 4 billion parameters", "agents/learning/", "learner_4b"),
+    Untried(
+        "speed (MFU) and memory of the learner at 0.6 to 4 billion parameters",
+        "agents/learning/",
+        "learner_4b",
+        ("agents/learning/stopwatch.py",),
+    ),
+    Untried("the learner with LoRA, a critic or a reference", "agents/learning/lora.py"),
     Untried("FSDP2 by NCCL on one GPU", "agents/learning/shard.py", "fsdp2_one_gpu"),
     Untried("FSDP2 over NCCL in bfloat16 on several GPUs", "agents/learning/loading.py"),
+    Untried("ranks that tell each other over NCCL why one cannot gather", "agents/learning/agreement.py"),
     Untried("context parallelism (Ulysses) over NCCL", "agents/learning/context.py"),
     Untried("sharded checkpoints (DCP) from the memory of GPUs", "agents/learning/sharded.py"),
     Untried("CUDA IPC between two processes of one GPU", "benchmarks/gpu_ipc.py", "cuda_ipc"),
     Untried("the learner's IPC sender beside vLLM's consumer", "cluster/vllm/senders.py", "ipc_publish"),
-    Untried("publishing weights into engines by CUDA IPC", "cluster/vllm/receivers.py"),
+    Untried("publishing weights into engines by CUDA IPC", "cluster/vllm/receivers.py", also=("cluster/vllm/ipc.py",)),
     Untried(
         "publishing weights into engines by NCCL, one engine or several, tensor-parallel or not; aborting a hung broadcast",
         "cluster/vllm/senders.py",
+        also=("cluster/publisher.py", "cluster/vllm/worker.py", "cluster/vllm/deadline.py"),
     ),
+    Untried("weights by shared memory, relay or gloo into engines on GPUs", "cluster/vllm/segment.py"),
     Untried("LoRA adapters in engines on GPUs", "cluster/vllm/adapters.py"),
     Untried("the sampler on a GPU: log-probs, speed, CUDA graphs", "cluster/vllm/engine.py", "vllm_logprobs"),
     Untried("judge engines on GPUs", "cluster/judges.py"),
+    Untried("chat engines of evaluations on GPUs", "cluster/evaluation/engines.py"),
     Untried("collocated layouts: sleep and wake of engines on a shared GPU", "cluster/vllm/residence.py"),
     Untried("learners on the GPUs of engines, their tensors moved out and back", "cluster/turns.py"),
     Untried(
         "nodes on several machines; seats with GPUs; s3:// and gs:// storage; vLLM tensor parallel inside a placement group",
         "cluster/placement.py",
     ),
-    Untried("FAISS on GPUs: half precision, cut over several", "retrieval/faiss_index.py", "faiss_gpu"),
-    Untried("encoders and rerankers on a GPU", "retrieval/encode_hf.py", "encoder_gpu"),
+    Untried("FAISS on a GPU, in half precision", "retrieval/faiss_index.py", "faiss_gpu"),
+    Untried("FAISS cut over several GPUs", "retrieval/faiss_index.py"),
+    Untried("encoders on a GPU", "retrieval/encode_hf.py", "encoder_gpu"),
+    Untried("rerankers on a GPU", "retrieval/rerank.py"),
     Untried("GPUs shared by fractions, engines and learners at the same time", "cluster/layout.py"),
     Untried("what `gumshoe plan` counts, held against the memory of a GPU", "cluster/memory.py"),
-    Untried("a whole training run on GPUs", "cluster/train.py"),
+    Untried(
+        "a machine's GPUs looked for before a run, and its needs held against them",
+        "cluster/machine.py",
+        also=("cluster/doctor.py",),
+    ),
+    Untried("a whole training run on GPUs", "cluster/train.py", also=("cluster/learner.py",)),
 )
 """What was never run on a GPU. An entry goes when a committed result (`benchmarks/results/gpu_*.json`) has its check passed; a test compares."""
 
@@ -238,13 +259,14 @@ def run(
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """All checks, one after the other: the JSON. `cpu`: rehearse them at tiny sizes on the CPU. `tell` gets a line per check."""
-    facts = look(cpu) if facts is None else facts
     results = []
-    for check in checks:
-        why = unavailable(check, facts, cpu=cpu)
-        result = Result(check.name, check.asks, NOT_RUN, why) if why else _start(check, facts, cpu=cpu)
-        results.append(result)
-        tell(line_of(result))
+    with _ended_in_order():
+        facts = look(cpu) if facts is None else facts
+        for check in checks:
+            why = unavailable(check, facts, cpu=cpu)
+            result = Result(check.name, check.asks, NOT_RUN, why) if why else _start(check, facts, cpu=cpu)
+            results.append(result)
+            tell(line_of(result))
     return {
         "schema": SCHEMA,
         "date": time.strftime("%Y-%m-%d"),
@@ -295,7 +317,7 @@ def _start(check: Check, facts: Facts, *, cpu: bool) -> Result:
     with tempfile.TemporaryDirectory(prefix="gumshoe-gpu-") as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, str(ROOT / "benchmarks" / f"{check.program}.py"), "--one", check.name]
-        command += ["--device", bench.device, "--card", bench.card, "--out", str(out)]
+        command += ["--device", bench.device, "--card", bench.card, "--out", str(out), "--tied"]
         ended = _watched(command, Path(folder) / "log", check.limit_s)
         seconds = round(time.monotonic() - began, 1)
         if out.is_file():
@@ -307,6 +329,8 @@ def _start(check: Check, facts: Facts, *, cpu: bool) -> Result:
 def answer(functions: Mapping[str, Function], argv: Sequence[str]) -> int:
     """The child's side: runs one function and writes what came of it."""
     args = _arguments(functions, argv)
+    if args.tied:
+        threading.Thread(target=_end_with_parent, name="tied", daemon=True).start()
     status, why, figures = PASSED, "", {}
     try:
         figures = functions[args.one](Bench(args.device, args.card))
@@ -346,7 +370,6 @@ def main(
     chosen = [c for c in checks if not only or c.name in only]
     if args.limit:
         chosen = [replace(c, limit_s=min(c.limit_s, args.limit)) for c in chosen]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a check under way must end too
     report = run(chosen, cpu=args.cpu, tell=lambda line: print(line, flush=True))
     if args.out is not None:
         print(f"written: {write(report, args.out)}")
@@ -360,15 +383,21 @@ def _arguments(functions: Mapping[str, Function], argv: Sequence[str]) -> argpar
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--card", default="")
     parser.add_argument("--out", required=True)
+    parser.add_argument("--tied", action="store_true", help="end when standard input does")
     return parser.parse_args(argv)
 
 
 def _watched(command: Sequence[str], log: Path, limit_s: float) -> str:
     """Runs a command to its end or its limit, with all it starts. Returns how it ended, empty if well."""
+    # What it leaves in a temporary folder goes with the log's; its standard input ends with this process, however that ends.
+    env = _environment() | {"TMPDIR": str(log.parent)}
+    env.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+    )  # for the next check too
     with log.open("wb") as output:
         child = subprocess.Popen(
-            command, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )  # fmt: skip
+            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+        )
         try:
             status = child.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -377,11 +406,45 @@ def _watched(command: Sequence[str], log: Path, limit_s: float) -> str:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)  # an engine's processes, say, which hold memory of the GPU
             child.wait()
+            assert child.stdin is not None
+            child.stdin.close()
     if status == 0:
         return ""
     said = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     ended = f"signal {-status}" if status < 0 else f"exit status {status}"
     return f"it ended with {ended}" + (f": {said[-1][:300]}" if said else "")
+
+
+def _end_with_parent() -> None:
+    """In a check's process, which leads a process group of its own: the group ends as soon as nobody holds the other end of its input."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 1):
+            pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM, SIGHUP and Ctrl-C end what runs within, once: a second one does not cut the cleaning up short."""
+
+    def end(number: int, _: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
+        for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            before[each] = signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _environment() -> dict[str, str]:

@@ -51,8 +51,9 @@ class ModelServer:
         error: type[Exception],
         command: Sequence[str] = (),
         variables: Mapping[str, str] | None = None,
+        folder: str = "",
     ) -> None:
-        """Starts the child. `what`, `mend`, `limit`: how messages name the engine, the keys to correct, and that of `start_s`; `error`:
+        """Starts the child. `folder`: where this node has the checkpoint, which is served as `model`; empty: `model` says that too. `what`, `mend`, `limit`: how messages name the engine, the keys to correct, and that of `start_s`; `error`:
         what is raised when it does not come up."""
         self._what, self._mend, self._limit, self._error = f"the {what} for {model}", mend, limit, error
         self._start_s, self.began = start_s, time.time()
@@ -62,15 +63,18 @@ class ModelServer:
         descriptor, log = tempfile.mkstemp(prefix="gumshoe-served-", suffix=".log")
         self.log = Path(log)
         options = [
-            model, "--served-model-name", model, "--host", "127.0.0.1", "--port", str(port), "--uvicorn-log-level", "warning", *arguments,
+            folder or model, "--served-model-name", model, "--host", "127.0.0.1", "--port", str(port), "--uvicorn-log-level", "warning", *arguments,
         ]  # fmt: skip
         prepare_calm(EngineConfig(model))
         env = os.environ | gumshoe.child_env() | {"VLLM_API_KEY": os.environ[KEY]} | dict(variables or {})
         if not num_gpus:
+            # A prompt with a seed that is cut into chunks would end the engine (`options.batched_tokens`).
+            options.append("--no-enable-chunked-prefill")
             # Else vLLM would bind its threads to cores of its own choice, which other processes of the run use too.
             env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-            if not _MEMORY.intersection(option.split("=")[0] for option in arguments):
-                # Else vLLM would ask for nine tenths of the machine's memory.
+            if _MEMORY.intersection(option.split("=")[0] for option in arguments):
+                env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # with vLLM it goes before them
+            else:  # else vLLM would ask for nine tenths of the machine's memory
                 env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         with os.fdopen(descriptor, "wb") as out:
             self.child = subprocess.Popen(

@@ -127,6 +127,16 @@ def learner_place(config: RunConfig, nodes: Collection[str]) -> RolePlacement:
     return replace(place, labels={**place.labels, NODE_LABEL: next(iter(nodes))})
 
 
+def node_gone(config: RunConfig, node: str) -> str:
+    """The line with which a run ends whose samplers and learners shared the GPUs of a node that was lost."""
+    gpus = round(config.fleet.num_engines * config.fleet.num_gpus)
+    return (
+        f"node {node[:8]} was lost, whose GPUs samplers and learners share (layout.kind=collocated): learners cannot follow the engines to another "
+        f"one within a run; nothing up to the last checkpoint is lost: go on with resume=auto once a node with {gpus} free "
+        f"GPU{'s' if gpus != 1 else ''} is there"
+    )
+
+
 def check_layout(config: RunConfig) -> None:
     """What only several sections together can tell. Raises UserError."""
     if config.layout.kind != "collocated" or not config.fleet.num_engines:

@@ -73,6 +73,13 @@ def alive(node_id: str) -> bool:
     return any(_lives(n) for n in ray.nodes() if n["NodeID"] == node_id)
 
 
+def given_up(node_id: str) -> bool:
+    """Whether Ray has declared that node dead, which it never takes back."""
+    import ray
+
+    return any(n["NodeID"] == node_id and not n["Alive"] for n in ray.nodes())
+
+
 def _lives(entry: Mapping[str, Any]) -> bool:
     """Ray takes some seconds to notice the death of a node; that nobody listens there is seen at once."""
     if not entry["Alive"]:

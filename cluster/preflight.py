@@ -100,6 +100,8 @@ def checks(config: RunConfig) -> Iterator[Check]:
             there = sum(f.stat().st_size for f in saved_there if f.is_file()) / GIB  # these go as new ones come
     saved = max(0.0, checkpoints_gib(config, shape) - there) if shape else 0.0
     yield partial(check_storage, storage, need_bytes=int((saved + 0.5) * GIB))
+    if config.judge.kind == "vllm" and not config.judge.replay:
+        yield partial(check_judge_model, config.judge.model)
     if config.judge.kind == "chat" and not config.judge.replay:
         yield partial(check_key, config.judge.api_key_env, "judge.api_key_env")
         if config.judge.base_url.startswith("http"):  # what else it may be, its section's check says
@@ -324,6 +326,15 @@ def check_policy(config: RunConfig, folder: Path) -> None:
     if not config.model.path:
         raise UserError("model.path is not set; give the folder of a checkpoint, such as model.path=envs/world/policy")
     check_model(folder, random=config.model.init == "random", max_model_len=config.engine.max_model_len)
+
+
+def check_judge_model(model: str) -> None:
+    """The checkpoint that judge engines serve, where it is a folder; a name is theirs to find."""
+    folder = resolve(model)
+    if folder.is_dir():
+        read_json(folder / "config.json", "the configuration of judge.model")
+    elif model.startswith(("/", "~", "./", "../")):
+        raise UserError(f"judge.model folder {folder} does not exist; correct judge.model{_near(folder)}")
 
 
 def check_language(config: RunConfig, tokenizer: Path, model: Path) -> None:

@@ -2,7 +2,7 @@
 
 Invariants:
 - Every rank runs through the weights in every pass, to the end, whatever fails on the way: gathering them is a collective
-  of the learner's ranks, and a rank that stopped would leave the others waiting.
+  of the learner's ranks, and a rank that stopped would leave the others waiting. A rank that cannot gather ends the learner on all.
 - All ranks take the same decisions; rank 0 alone talks to the fleet, and tells the others.
 - A collective that breaks is met anew with the engines that are left, a few times; after that they are started again.
 - Whatever becomes of a pass here, the fleet hears of it, and engines that wait for more are released.
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from agents.learning.agreement import GatherError, everybody, to_the_end
 from agents.types import Version
 from cluster.errors import one_line
 from cluster.membership import SEGMENTS, Place
@@ -80,7 +81,18 @@ class Publisher:
         """Whether the last meeting was for a transport that sends to all engines together."""
 
     def publish(self, gather: Gather, step: int, *, again: bool = False) -> float:
-        """Brings the weights of `step` into the engines. `again`: the ledger knows of it already. Returns the seconds it took."""
+        """Brings the weights of `step` into the engines. `again`: the ledger knows of it already. Returns the seconds it took. Raises
+        GatherError on every rank when one cannot gather them."""
+        try:
+            return self._publish(gather, step, again)
+        except GatherError as error:
+            if self._rank == 0:
+                self._event(
+                    f"the weights of step {step} were not gathered, so the learner starts again: {one_line(error)}"
+                )
+            raise
+
+    def _publish(self, gather: Gather, step: int, again: bool) -> float:
         began, report = time.monotonic(), {}
         if self._setup.fleet is not None:
             for number in range(1, ROUNDS + 1):
@@ -129,7 +141,7 @@ class Publisher:
     # ------------------------------------------------------------------------------------------------ segments
 
     def _by_segment(self, gather: Gather, meeting: Meeting, step: int) -> dict[str, float]:
-        with _whole(gather(self._dtype(meeting))) as weights:
+        with to_the_end(gather(self._dtype(meeting))) as weights:
             if self._rank != 0:
                 return {}
             manifest = self._writer.write(weights)
@@ -158,7 +170,7 @@ class Publisher:
             self._layout = learn_layout(gather(dtype))
         if meeting.kind == "ipc":
             return self._by_pieces(gather, meeting, step, last)
-        with _whole(gather(dtype)) as weights:
+        with to_the_end(gather(dtype)) as weights:
             return self._drive(weights, meeting, step, last) if self._rank == 0 else {}
 
     def _drive(
@@ -205,7 +217,7 @@ class Publisher:
             cleared = bool(self._ask(fleet.cleared.remote(ticket)))
         with self._telling(ticket) as end:
             if self._tell(cleared):
-                with _whole(gather(self._dtype(meeting))) as given:
+                with to_the_end(gather(self._dtype(meeting))) as given:
                     end.sent = self._ipc.send(given, self._layout, meeting.bucket_bytes, hand_out)
         return dict(self._ask(going)) | _sent_metrics(end.sent) if going is not None else {}
 
@@ -226,9 +238,12 @@ class Publisher:
 
     def _die(self, reason: str) -> None:
         """Ends this process, in which a call hangs that nothing else can end. Ray Train starts all ranks again."""
-        with contextlib.suppress(Exception):
-            self._ask(self._setup.buffer.event.remote(f"the learner is started again: {reason}"))
+        self._event(f"the learner is started again: {reason}")
         os._exit(1)
+
+    def _event(self, line: str) -> None:
+        with contextlib.suppress(Exception):
+            self._ask(self._setup.buffer.event.remote(line))
 
     def _sender_of(self, meeting: Meeting) -> Sender:
         """The way out of the meeting's epoch. One of an epoch before is left."""
@@ -265,10 +280,7 @@ class Publisher:
 
     def _everybody(self, word: Any) -> list[Any]:
         """What every rank says, in their order, on every rank."""
-        words = [word] * self._world
-        if self._world > 1:
-            dist.all_gather_object(words, word)
-        return words
+        return everybody(word) if self._world > 1 else [word]
 
     def _all_devices(self) -> tuple[str, ...]:
         mine = ""
@@ -281,17 +293,6 @@ class Publisher:
             return torch_dtype(meeting.dtype)
         # What engines on GPUs hold is bfloat16, and they refuse another type; on CPU both sides are float32.
         return torch.bfloat16 if self._device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def _whole(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
-    """Weights that are run through to the end, however the block ends."""
-    iterator = iter(weights)
-    try:
-        yield iterator
-    finally:
-        for _ in iterator:
-            pass
 
 
 def _sent_metrics(sent: Sent | None) -> dict[str, float]:

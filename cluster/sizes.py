@@ -238,11 +238,6 @@ def kv_bytes_per_token(engine: EngineConfig, shape: ModelShape, *, on_cpu: bool)
     return shape.kv_values_per_token * itemsize(engine, on_cpu=on_cpu)
 
 
-def served_kv_gib(engine: EngineConfig) -> int:
-    """Cache of an engine that `vllm serve` runs on a CPU, which takes whole GiB."""
-    return max(1, round(engine.kv_cache_gb or 1))
-
-
 def itemsize(engine: EngineConfig, *, on_cpu: bool) -> int:
     """Bytes of one value in an engine."""
     return 4 if engine.dtype == "float32" or (engine.dtype == "auto" and on_cpu) else 2

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from agents.learning import attention
+from agents.learning.agreement import in_step
 from agents.learning.config import LearnerConfig
 from agents.learning.context import Context
 from agents.learning.logprobs import token_logprobs
@@ -275,9 +276,18 @@ def named_weights_for_publish(model: PolicyModel, dtype: torch.dtype | None = No
     """(name, whole tensor) in the checkpoint's own names: adapters merged, shards gathered, experts one by one, a tied
     head left out.
 
-    Under FSDP every rank must run through the whole iterator (each step gathers). Tensors are detached and share
-    memory with the model where nothing had to be computed: copy before changing the model.
+    Under FSDP every rank must run through the whole iterator (each step gathers); what one of them raises is raised on all, as
+    GatherError. Tensors are detached and share memory with the model where nothing had to be computed: copy before changing the model.
     """
+    return in_step(_whole_weights(model, dtype), next(model.hf.parameters()))
+
+
+def adapters_for_publish(model: PolicyModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of the adapters alone, as PEFT names them; likewise."""
+    return in_step(_whole_adapters(model, dtype), next(model.hf.parameters()))
+
+
+def _whole_weights(model: PolicyModel, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     adapted = {
         f"{name}.base.weight": module for name, module in model.hf.named_modules() if isinstance(module, LoraLinear)
     }
@@ -292,8 +302,7 @@ def named_weights_for_publish(model: PolicyModel, dtype: torch.dtype | None = No
             yield own_name, part if dtype is None else part.to(dtype)
 
 
-def adapters_for_publish(model: PolicyModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of the adapters alone, as PEFT names them. Every rank must run through it when sharded."""
+def _whole_adapters(model: PolicyModel, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.hf.named_modules():
         if isinstance(module, LoraLinear):
             for kind, weight in (("lora_A", module.lora_a), ("lora_B", module.lora_b)):

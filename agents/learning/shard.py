@@ -13,11 +13,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from agents.learning.agreement import world_size as world_size
 from agents.learning.model import PolicyModel
-
-
-def world_size(group: dist.ProcessGroup | None = None) -> int:
-    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def default_mesh(device: torch.device) -> DeviceMesh:

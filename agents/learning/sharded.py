@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,38 +24,13 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from agents.learning.shard import world_size
+from agents.learning.agreement import everybody as everybody
+from agents.learning.agreement import reason_of, to_the_end, world_size
+from agents.learning.agreement import together as together
 
 SHARDS, INDEX = "shards", "model.safetensors.index.json"
 FILE_BYTES = 4 << 30
 """Most bytes of one weight file. A rank holds two of them at a time: one being gathered, one being written."""
-
-T = TypeVar("T")
-
-
-def everybody(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What each rank says, in their order."""
-    if world_size(group) == 1:
-        return [value]
-    said: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(said, value, group=group)
-    return said
-
-
-def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """This rank's part of a work of all. Raises on every rank what went wrong on any; what came from a disk is an OSError."""
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as raised:
-        error = raised
-    line = "" if error is None else f"rank {_rank(group)}: {' '.join(str(error).split()) or type(error).__name__}"
-    said = everybody((line, isinstance(error, OSError)), group)
-    first = next(((text, disk) for text, disk in said if text), None)
-    if first is not None:
-        text, disk = first
-        raise (OSError if disk else RuntimeError)(text) from error
-    return result  # type: ignore[return-value]
 
 
 def write_weights(
@@ -85,8 +60,8 @@ def write_weights(
             work.append(pool.submit(save_file, held, str(written[-1]), {"format": "pt"}))
         held, filled, number = {}, 0, number + 1
 
-    with ThreadPoolExecutor(1) as pool:
-        for name, weight in weights:
+    with ThreadPoolExecutor(1) as pool, to_the_end(weights) as given:
+        for name, weight in given:
             if (number - 1) % world == rank:
                 held[name] = weight.detach().cpu().contiguous()
             index[name] = _file(number)
@@ -122,7 +97,7 @@ def shard_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:
-        raise ValueError(f"the parts in {folder} cannot be read: {_reason(error)}") from error
+        raise ValueError(f"the parts in {folder} cannot be read: {reason_of(error)}") from error
     return {name: tuple(about.size) for name, about in found.items()}
 
 
@@ -133,7 +108,7 @@ def read_shards(folder: Path, like: Mapping[str, Tensor], group: dist.ProcessGro
         try:
             _calmly(dcp.load, made, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
         except Exception as error:
-            raise ValueError(f"the parts in {folder} cannot be read: {_reason(error)}") from error
+            raise ValueError(f"the parts in {folder} cannot be read: {reason_of(error)}") from error
     return made
 
 
@@ -158,10 +133,6 @@ def _file(number: int) -> str:
 
 def _rank(group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(group) if dist.is_initialized() else 0
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _cause(error: CheckpointException) -> Exception:

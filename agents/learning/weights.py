@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from agents.learning.agreement import whole
+
 _EXPERT = re.compile(r"(?P<stem>.*\.experts\.)(?P<index>\d+)\.(?P<kind>gate|up|down)_proj\.weight$")
 
 
@@ -114,9 +116,9 @@ def unstack(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, detached; gathers a shard (a collective)."""
+    """The whole tensor, detached; gathers a shard (a collective). Raises GatherError, on every rank."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:

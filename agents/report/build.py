@@ -6,8 +6,6 @@ written whole or not at all; it can be made while the run goes on.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -19,10 +17,10 @@ from agents.report.charts import Chart, Mark, Series, interval_chart, share_bar,
 from agents.report.findings import LIMIT, findings
 from agents.report.gantt import windows
 from agents.report.load import RunData, clock, load_run, number
+from agents.report.page import page_path, read, render_page, write_page
 from agents.report.timeline import group_view
 from agents.report.timeuse import actor_table, colour, duration, time_charts
 
-_HERE = Path(__file__).parent
 TIMELINE = ("wait", "train", "publish", "checkpoint", "rollout", "judge", "start")
 """Phases with a colour of their own on the timeline."""
 _LEDGER = ("running", "ready", "in_batch", "trained", "dropped")
@@ -34,34 +32,18 @@ def build_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     Raises RecordError when the folder holds no run. Missing or torn files are named on the page.
     """
     run = load_run(run_dir)
-    path = Path(out) if out is not None else Path(run_dir) / "report.html"
-    if path.is_dir():
-        path = path / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(render(run), encoding="utf-8", errors="replace")  # JSON may hold half a character
-    part.replace(path)
-    return path
+    return write_page(page_path(run_dir, out, "report.html"), render(run))
 
 
 def render(run: RunData) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["short"] = short
-    environment.filters["safe_svg"] = Markup
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     groups = [group_view(shown, serial) for serial, shown in enumerate(reversed(run.groups))]
-    return environment.get_template("page.html").render(
+    return render_page(
+        "page.html",
+        title=run.name,
+        styles=read("page.css"),
+        scripts=read("page.js"),
         run=run,
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=digest,
         headline=headline(run),
         facts=facts(run),
         charts=charts(run),

@@ -9,8 +9,6 @@ written whole or not at all; of a secret set nothing but numbers is in it unless
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 import time
 from collections import Counter
@@ -20,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from agents.report import evaluation_panels as panels
-from agents.report.charts import Chart, short
+from agents.report.charts import Chart
 from agents.report.evaluation_compare import comparison, flip, other_questions
 from agents.report.evaluation_load import EvaluationData, Sample, Unseal, load_evaluation
 from agents.report.evaluation_secret import Secrets, without_keys
 from agents.report.evaluation_store import Chunks, Texts, as_json, pack, strings
 from agents.report.evaluation_units import unit_view
 from agents.report.load import number
+from agents.report.page import page_path, read, render_page, write_page
 from agents.report.timeline import STOPS, cut
 from agents.types import RecordError
 
-_HERE = Path(__file__).parent
 OUTCOMES = ("right", "mixed", "wrong", "refused", "unfinished", "unscored", "lost")
 """Of a question: `mixed` when only some of its samples are right, `lost` when infrastructure failed."""
 MAX_LABEL = 24
@@ -56,22 +54,12 @@ def build_evaluation_report(
     that none is in the page. Raises RecordError when a folder holds no evaluation, or when the page would give away what is hidden.
     """
     runs = [load_evaluation(f, unseal) for f in ([folder] if against is None else [against, folder])]
-    path = Path(out) if out is not None else Path(folder) / ("report.html" if against is None else "compare.html")
-    if path.is_dir():
-        path = path / ("report.html" if against is None else "compare.html")
-    page = render(runs, reveal, compared)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8", errors="replace")  # a name may hold half a character
-    part.replace(path)
-    return path
+    path = page_path(folder, out, "report.html" if against is None else "compare.html")
+    return write_page(path, render(runs, reveal, compared))
 
 
 def render(runs: Sequence[EvaluationData], reveal: bool = False, compared: Mapping[str, Any] | None = None) -> str:
     """The page as text: of one evaluation, or of two with the earlier one first. Raises RecordError when it would tell what is hidden."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     run = runs[-1]
     hidden = any(r.secret for r in runs) and not reveal
     secrets = Secrets.of((t for r in runs for t in r.tasks.values()), hidden)
@@ -100,13 +88,7 @@ def render(runs: Sequence[EvaluationData], reveal: bool = False, compared: Mappi
         "details": details.starts,
         "texts": texts.chunks.starts,
     }
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["short"] = short
-    environment.filters["safe_svg"] = Markup
-    scripts = [(_HERE / name).read_text(encoding="utf-8") for name in ("page.js", "evaluation.js")]
-    style = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "evaluation.css"))
+    scripts, styles = read("page.js", "evaluation.js"), read("page.css", "evaluation.css")
     summary = _censored(_without_words(run.summary), secrets) if hidden else run.summary
     shown = _Shown(
         title=" against ".join(reversed(names)),
@@ -121,19 +103,20 @@ def render(runs: Sequence[EvaluationData], reveal: bool = False, compared: Mappi
     if hidden:
         leak = secrets.found(
             [*strings(index), *told, *texts, *strings(summary), shown.title, *shown.notes, shown.config],
-            "".join((*scripts, style, *OUTCOMES, *STOPS, *STOPS.values())),
+            "".join((*scripts, *styles, *OUTCOMES, *STOPS, *STOPS.values())),
         )
         if leak:
             raise RecordError(
                 f"{run.folder}: no page was written, for {' and '.join(leak)} of the set would stand in it; rename what carries it, or use --reveal"
             )
-    page = environment.get_template("evaluation.html").render(
+    page = render_page(
+        "evaluation.html",
+        title=shown.title,
+        styles=styles,
+        scripts=scripts,
         shown=shown,
         runs=names,
         labels=labels,
-        style=Markup(style),
-        scripts=[Markup(s) for s in scripts],
-        hashes=[base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts],
         hidden=next((r.why_secret for r in reversed(runs) if r.secret), "") if hidden else "",
         revealed=reveal and any(r.secret for r in runs),
         about=[(k, secrets.censored(v) if hidden else v) for k, v in _about(run)],

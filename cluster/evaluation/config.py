@@ -334,6 +334,13 @@ _PRICES = ("policy.chat.price_in", "policy.chat.price_cached", "policy.chat.pric
 _NEVER = ("retrieval.threads", "sandbox.journal", "sandbox.call_timeout_s", "sandbox.retries", "sandbox.retry_wait_s", "sampling.temperature", "model.shape")  # fmt: skip
 _OPEN = ("benchmark.options", "corpus.columns", "policy.chat.extra_body", "world.hops")
 """Mappings whose names a user chooses."""
+_CONTENTS = {
+    "model.weights": "the weights in model.path",
+    "model.config": "config.json in model.path",
+    "model.tokenizer_files": "the files of the tokenizer",
+    "model.chat_template": "the chat template",
+}
+"""Hashes of files (`cluster.evaluation.plan.contents`), in words."""
 
 
 def identity(config: EvalConfig) -> dict[str, Any]:
@@ -367,7 +374,7 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
         known = key in before and key in now
         named = _below(key, _OPEN) and {} not in (was, found)  # an empty mapping says no more than none
         if (known or named) and was != found:
-            yield f"{key} is {found!r} (was {was!r})"
+            yield f"{key} is {found!r} (was {was!r})" + (f": {_CONTENTS[key]} changed" if key in _CONTENTS else "")
 
 
 def _below(key: str, names: Any) -> bool:

@@ -2,7 +2,8 @@
 
 Invariants: a question stays on one engine, so its prefix stays cached there; when that engine is gone, the question's next request goes to
 another; while all are away, it waits until they had the time to start again. None of that time counts against the question, nor does a try that
-came to nothing: engines try once, and whoever holds the question's watch tries again.
+came to nothing: engines try once, and whoever holds the question's watch tries again. A request fails for the engines that died under it only where
+no other suspect, of any worker, was asked beside it. The section `engine` means what it means for samplers, the cache of keys and values included.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,15 +24,20 @@ from cluster.errors import UserError, one_line
 from cluster.evaluation.chat import ChatEndpoint, NoReply
 from cluster.evaluation.config import ChatConfig, EvalConfig
 from cluster.hosted import KEY, ModelServer
-from cluster.sizes import served_kv_gib
+from cluster.sizes import CPU_KV_GIB, GIB
 from cluster.stopwatch import shown_s, standing, turn_back
+from cluster.vllm.options import batched_tokens
 from cluster.watchdog import Pulse, Waits
 from rewards.judges.limits import Limits
 
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.5, 5.0
 """Between two rounds of asking engines that are all away."""
 MOST_DEATHS = 3
-"""So often an engine may die under one request that is asked alone."""
+"""So often an engine may die under one request that is the only suspect asked."""
+DYING_S = 10.0
+"""A server whose engine died says so to all that was under way and ends a little later, with its actor: no reply is told only after that."""
+TURN_S = 0.5
+"""Between two looks at whether a suspect's turn has come."""
 REPLY_TOKENS = 256
 """What a reply is taken for until it is there."""
 _NO_LIMIT = 1 << 16
@@ -50,7 +56,7 @@ class ChatEngine:
 
     def __init__(self, config: EvalConfig, model: str, command: Sequence[str] = ()) -> None:
         on_cpu = not config.fleet.num_gpus
-        variables = {"VLLM_CPU_KVCACHE_SPACE": str(served_kv_gib(config.engine)), "OMP_NUM_THREADS": str(config.engine.threads)} if on_cpu else {}  # fmt: skip
+        variables = {"OMP_NUM_THREADS": str(config.engine.threads)} if on_cpu else {}
         self._server = ModelServer(
             model, [*engine_arguments(config), *config.policy.engine_args], num_gpus=config.fleet.num_gpus, start_s=config.policy.start_s,
             what="chat engine", mend="model.path, section engine or policy.engine_args", limit="policy.start_s", error=UserError,
@@ -76,7 +82,11 @@ class ChatEngine:
         """Raises ChatFailed."""
         if not self._server.must_answer(self._endpoint.check):
             raise EngineAway("the chat engine is starting again")
-        return await self._endpoint.reply(messages, **options)
+        try:
+            return await self._endpoint.reply(messages, **options)
+        except NoReply:
+            await asyncio.sleep(DYING_S)
+            raise
 
     async def close(self) -> None:
         """Ends the engine."""
@@ -94,8 +104,55 @@ class Shared:
     """How long engines may be away, all of them, before a request fails."""
     retries: int
     """Further tries of a request to which an engine that is there gave no reply."""
+    worker: str = ""
+    turns: Any = None
+    """The actor `Turns` of all workers; None for a worker that has the engines to itself."""
     suspects: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by a request under which an engine died: it is asked alone, so that others need not die with it."""
+    """Held by a request under which an engine died: of its worker no other suspect is asked, so that others need not die with it."""
+
+    @contextlib.asynccontextmanager
+    async def turn(self, session: str) -> AsyncIterator[None]:
+        """Entered when, of all workers' suspects, this one's turn has come. For a holder of `suspects`, so that a worker has one in the queue."""
+        if self.turns is None:
+            yield
+            return
+        import ray
+
+        comes = False
+        try:
+            while not comes:
+                with contextlib.suppress(ray.exceptions.RayError):  # it starts again
+                    comes = await self.turns.comes.remote(self.worker, session)
+                if not comes:
+                    await asyncio.sleep(TURN_S)
+            yield
+        finally:
+            with contextlib.suppress(Exception):
+                self.turns.over.remote(self.worker, session)
+
+
+class Turns:
+    """Whose turn it is among the suspects of all workers. As an actor: `place_turns`.
+
+    It remembers nothing beyond its own life: after a restart those who wait come again, and at most one more is asked beside them.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[str, str]] = []
+
+    async def comes(self, worker: str, session: str) -> bool:
+        """Whether it is this session's turn; it waits for it from the first time it asks."""
+        if (worker, session) not in self._waiting:
+            self._waiting.append((worker, session))
+        return self._waiting[0] == (worker, session)
+
+    async def over(self, worker: str, session: str) -> None:
+        """A turn is over, or its session does not wait any more."""
+        self._waiting = [w for w in self._waiting if w != (worker, session)]
+
+    async def worker_lost(self, worker: str) -> None:
+        """Nobody of a worker that died waits any more."""
+        self._waiting = [w for w in self._waiting if w[0] != worker]
 
 
 class EngineChat:
@@ -122,45 +179,55 @@ class EngineChat:
     ) -> ChatReply:
         """The first reply that any engine gives. Those that are away are asked again until they have had the time to start."""
         gives_up, pause_s, silences = time.monotonic() + self._shared.start_s, FIRST_PAUSE_S, 0
-        deaths, alone = 0, False
-        gone: set[int] = set()
+        suspected = deaths = 0
         while True:
-            trouble, failed = "", False
+            trouble, failed, died = "", False, False
             for number in [(self._first + n) % len(self._engines) for n in range(len(self._engines))]:
                 begun_s = shown_s()
                 try:
-                    found = await self._ask(self._engines[number], messages, options)
+                    found = await self._ask(self._engines[number], messages, options, suspected > 0)
                     self._first = number
                     return found
                 except EngineAway as away:
                     trouble = str(away)
-                    gone.discard(number)
-                except EngineDied as died:
-                    trouble = str(died)
-                    deaths += number not in gone
-                    gone.add(number)
+                except EngineDied as death:
+                    trouble, died = str(death), True
                 except NoReply as silence:
                     trouble = str(silence)
                     silences += 1
                 except ChatFailed as failure:
                     trouble, failed = str(failure), True
                 turn_back(begun_s)
-            if deaths and not alone:
-                began = time.monotonic()
+                if died and suspected:
+                    break  # the other engines are spared
+            if died and suspected < 2:  # of its worker the only suspect first, which costs others least; then of all
                 with standing(), self._waits(f"requests that engines may have died of, for {self._session}"):
-                    await held.enter_async_context(self._shared.suspects)
-                gives_up, deaths, alone = gives_up + time.monotonic() - began, 0, True
-            dying = deaths >= MOST_DEATHS * len(self._engines)
-            if failed or dying or silences > self._shared.retries or time.monotonic() >= gives_up:
+                    await held.enter_async_context(
+                        self._shared.turn(self._session) if suspected else self._shared.suspects
+                    )
+                suspected += 1
+            elif died:
+                deaths += 1
+            if died:
+                gives_up = time.monotonic() + self._shared.start_s  # it was up, and starts again
+            if failed or deaths >= MOST_DEATHS or silences > self._shared.retries or time.monotonic() >= gives_up:
                 raise ChatFailed(f"no chat engine answers: {trouble[:300]}")
             with standing(), self._waits(f"a chat engine to start, for {self._session}"):
                 await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, MOST_PAUSE_S)
 
-    async def _ask(self, engine: Any, messages: list[Mapping[str, Any]], options: Mapping[str, Any]) -> ChatReply:
-        """Raises EngineAway, EngineDied, or ChatFailed of an engine that is there."""
+    async def _ask(
+        self, engine: Any, messages: list[Mapping[str, Any]], options: Mapping[str, Any], suspect: bool
+    ) -> ChatReply:
+        """Raises EngineAway, EngineDied, or ChatFailed of an engine that is there. One that was dead before has not died of a `suspect`."""
         import ray
 
+        if suspect:
+            try:
+                with self._waits(f"a chat engine, about {self._session}"):
+                    await engine.pulse.remote()
+            except ray.exceptions.RayError as error:
+                raise EngineAway(one_line(error)) from None
         asked = engine.reply.remote(messages, options)
         try:
             with self._waits(f"a chat engine, about {self._session}"):
@@ -200,8 +267,12 @@ def engine_arguments(config: EvalConfig) -> list[str]:
         "max-model-len": engine.max_model_len, "max-num-seqs": engine.max_num_seqs, "tensor-parallel-size": engine.tensor_parallel,
         "seed": config.seed, "dtype": "float32" if on_cpu and engine.dtype == "auto" else engine.dtype, "generation-config": "vllm",
     }  # fmt: skip
-    if engine.max_num_batched_tokens:
-        given["max-num-batched-tokens"] = engine.max_num_batched_tokens
+    if tokens := batched_tokens(engine, on_cpu):
+        given["max-num-batched-tokens"] = tokens
+    if block_size := engine.block_size or (32 if on_cpu else None):
+        given["block-size"] = block_size
+    if (kv_gib := CPU_KV_GIB if on_cpu and engine.kv_cache_gb is None else engine.kv_cache_gb) is not None:
+        given["kv-cache-memory-bytes"] = int(kv_gib * GIB)  # of one device, and before the share of its memory
     if not on_cpu:
         given["gpu-memory-utilization"] = engine.gpu_memory_utilization
     flags = ["--enforce-eager"] if engine.enforce_eager else []
@@ -216,3 +287,10 @@ def place(config: EvalConfig, model: str) -> list[Any]:
         ChatEngine, num_gpus=config.fleet.num_gpus, num_cpus=config.fleet.num_cpus, max_restarts=-1, max_task_retries=0
     )
     return [made.remote(config, model) for _ in range(config.fleet.num_engines)]
+
+
+def place_turns() -> Any:
+    """Starts the actor by which several workers ask their suspects one at a time."""
+    from cluster.runtime import actor
+
+    return actor(Turns, max_restarts=-1, max_task_retries=0).remote()

@@ -49,7 +49,7 @@ class Folder:
         self.tasks = {task.id: task for task in benchmark.tasks}
 
     def keys(self) -> dict[Key, State]:
-        """How each unit that was played ended."""
+        """How each unit that was played ended, of those that are asked for now."""
         found: dict[Key, State] = {}
         for line in self._lines(UNITS):
             key = self._key(line, UNITS)
@@ -57,7 +57,7 @@ class Folder:
                 state = State(line["state"])
             except (KeyError, ValueError):
                 raise _damaged(self.path / UNITS, "does not say how its unit ended") from None
-            if self.counts(key):
+            if key[0] in self.tasks and self.counts(key):
                 found[key] = state
         return found
 

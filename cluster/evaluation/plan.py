@@ -7,7 +7,6 @@ seem to; an index is built once per content and settings.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,8 @@ from typing import Any, cast
 from agents.recordfile import RecordReader, read_records
 from agents.types import Document, Group, RecordError, Task
 from cluster.errors import UserError, one_line
-from cluster.evaluation.config import TOKEN_AGENT, EvalConfig
+from cluster.evaluation.config import EvalConfig
+from cluster.evaluation.contents import GROUPS, STAGES
 from cluster.evaluation.journal import IDENTITY, TASKS, UNITS, Folder, Key
 from cluster.evaluation.records import Played, State, Unit
 from cluster.evaluation.sealing import all_canaries
@@ -38,7 +38,8 @@ from cluster.preflight import (
 )
 from cluster.rundir import storage_dir
 from cluster.runtime import joined_address
-from cluster.sizes import CPU_KV_GIB, kv_bytes_per_token, served_kv_gib
+from cluster.sizes import CPU_KV_GIB, kv_bytes_per_token
+from cluster.storage import is_object_store
 from cluster.world import CorpusWorldConfig, index_of
 from envs.benchmarks.base import Benchmark
 from envs.benchmarks.registry import FAMILIES, load_benchmark
@@ -51,11 +52,8 @@ from retrieval.config import KINDS, legs_of, settings
 from retrieval.errors import RetrievalError
 from retrieval.manifest import read_key
 
-STAGES = ("run", "judge", "score", "report")
 WORLD = "world"
 """`benchmark.kind` of questions about a synthetic world, which is made on the spot from the section `world`."""
-_SAMPLE = 1 << 16
-"""Bytes at both ends of a weight file that tell whether it is another one."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,10 @@ def checks(config: EvalConfig, stages: Collection[str] = STAGES) -> Iterator[Che
     """Every check that needs neither the benchmark nor Ray, the cheap ones first; of what a stage needs, only where it is asked for."""
     yield partial(check_section, config)
     yield partial(check_names, config)
+    yield partial(check_place, config.storage_path)
+    brings_questions = not config.benchmark.kind
+    if config.policy.kind == "recorded" and ("run" in stages or brings_questions):
+        yield partial(check_recorded, resolve(config.policy.recorded))
     if "run" in stages:
         yield from _checks_to_play(config)
     if "judge" in stages and config.judge.kind == "chat" and not config.judge.replay:
@@ -91,8 +93,6 @@ def _checks_to_play(config: EvalConfig) -> Iterator[Check]:
             yield partial(check, tokenizer, model)
     if config.policy.kind == "chat":
         yield partial(check_key, config.policy.chat.api_key_env, "policy.chat.api_key_env")
-    if config.policy.kind == "recorded":
-        yield partial(check_recorded, resolve(config.policy.recorded))
     for path in config.corpus.files:
         yield partial(check_corpus, resolve(path))
     if config.corpus.index:
@@ -107,12 +107,10 @@ def check_fits(config: EvalConfig, shape: ModelShape) -> None:
     if joined_address(config.ray):
         return
     on_cpu, engine = not config.fleet.num_gpus, config.engine
-    if on_cpu and not config.hosted:
-        engine = replace(engine, kv_cache_gb=float(served_kv_gib(engine)))
     if on_cpu or engine.kv_cache_gb is not None:
         per_token = kv_bytes_per_token(engine, shape, on_cpu=on_cpu) // max(1, engine.tensor_parallel)
         check_cache(CPU_KV_GIB if engine.kv_cache_gb is None else engine.kv_cache_gb, per_token, engine.max_model_len)
-    check_engines(replace(config, engine=engine), shape)
+    check_engines(config, shape)
 
 
 def check_names(config: EvalConfig) -> None:
@@ -134,11 +132,19 @@ def check_names(config: EvalConfig) -> None:
             raise UserError(f"{key} is {value!r}; it must be one of {', '.join(sorted(known))}")
 
 
+def check_place(storage_path: str) -> None:
+    """That what is written lies where it was asked for: a folder is appended to and locked, which an object store cannot be."""
+    if is_object_store(storage_path):
+        raise UserError(
+            f"storage_path {storage_path} is an object store; an evaluation is written to a folder, and goes on from it: set storage_path to one"
+        )
+
+
 def check_recorded(folder: Path) -> None:
     """Whether there is something recorded in a folder."""
-    if not any((folder / name).is_file() for name in (UNITS, *_GROUPS)):
+    if not any((folder / name).is_file() for name in (UNITS, *GROUPS)):
         raise UserError(
-            f"{folder} holds nothing that was played ({UNITS}, or {' or '.join(_GROUPS)}); correct policy.recorded"
+            f"{folder} holds nothing that was played ({UNITS}, or {' or '.join(GROUPS)}); correct policy.recorded"
         )
 
 
@@ -296,51 +302,7 @@ def guarded(sandbox: SandboxConfig, benchmark: Benchmark, path: Path) -> Sandbox
     return replace(sandbox, guard=guard, journal=journal)
 
 
-# ---------------------------------------------------------------------------------------- what an answer hangs on
-
-
-def contents(config: EvalConfig, stages: Collection[str] = STAGES) -> dict[str, str]:
-    """What an answer hangs on beside the settings: the weights of a checkpoint, what was recorded, the prompts of an agent.
-
-    What was played may be judged and scored where the checkpoint or the recording is gone.
-    """
-    found: dict[str, str] = {}
-    if config.policy.kind == "checkpoint" and "run" in stages:
-        found["model.weights"] = _weights(resolve(config.model.path))
-    if config.policy.kind == "recorded" and "run" in stages:
-        found["policy.recording"] = _recording(resolve(config.policy.recorded))
-    if config.agent.name != TOKEN_AGENT:
-        from agents.chat.registry import template_of
-
-        found["agent.prompts"] = template_of(config.agent.name)
-    return found
-
-
-def _weights(folder: Path) -> str:
-    """A hash over names, sizes and both ends of the weight files: training never leaves all of them as they were."""
-    parts: list[Any] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(_SAMPLE)
-            file.seek(max(0, size - _SAMPLE))
-            parts.append([path.name, size, head.hex(), file.read().hex()])
-    return digest(parts)[:12]
-
-
-def _recording(folder: Path) -> str:
-    """A hash over what is recorded: another training run under the same name leaves other groups."""
-    for name in (UNITS, *_GROUPS):
-        if (folder / name).is_file():
-            with open(folder / name, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    return ""
-
-
 # ------------------------------------------------------------------------------------------------------- recorded
-
-_GROUPS = ("eval/after.jsonl", "eval/eval.jsonl")
-"""What an evaluation beside training left, the newest first."""
 
 
 def recorded(config: EvalConfig, folder: Folder) -> Iterator[Played]:
@@ -369,8 +331,8 @@ def _hash_of(folder: Path) -> str:
 
 
 def _groups(folder: Path) -> Iterator[Group]:
-    for name in _GROUPS:
+    for name in GROUPS:
         if (folder / name).is_file():
             yield from RecordReader(folder / name, Group)
             return
-    raise UserError(f"{folder} holds no evaluation of its own ({' or '.join(_GROUPS)}); correct policy.recorded")
+    raise UserError(f"{folder} holds no evaluation of its own ({' or '.join(GROUPS)}); correct policy.recorded")

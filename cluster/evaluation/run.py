@@ -25,7 +25,7 @@ from cluster.actors import came_up
 from cluster.errors import UserError, one_line
 from cluster.evaluation.config import TOKEN_AGENT, EvalConfig
 from cluster.evaluation.engines import place as place_engines
-from cluster.evaluation.engines import served
+from cluster.evaluation.engines import place_turns, served
 from cluster.evaluation.journal import UNITS, Folder, Key
 from cluster.evaluation.plan import Job, guarded
 from cluster.evaluation.records import Played, State
@@ -96,6 +96,8 @@ class Staff:
     engines: list[Any] = field(default_factory=list)
     retrieval: Any = None
     info: BackendInfo | None = None
+    turns: Any = None
+    """`cluster.evaluation.engines.Turns`, where several workers share chat engines."""
 
     def __post_init__(self) -> None:
         self.watchdog = Watchdog(self.config.watch)
@@ -106,7 +108,7 @@ class Staff:
 
     def new_worker(self) -> Any:
         name = f"player-{next(self._names)}"
-        made = actor(EvalWorker).remote(name, self.kit, self.fleet, self.engines, self.retrieval, self.info)
+        made = actor(EvalWorker).remote(name, self.kit, self.fleet, self.engines, self.retrieval, self.info, self.turns)
         self.workers[name] = made
         self.watchdog.watch(name, made, functools.partial(self.replace, name))
         return made
@@ -119,8 +121,9 @@ class Staff:
         _kill(self.workers.pop(name))
         if self._replaced.exceeded():
             raise UserError(f"workers died {self._replaced.count} times within an hour, the last with: {reason}")
-        if self.fleet is not None:
-            self.fleet.worker_lost.remote(name)
+        for told in (self.fleet, self.turns):
+            if told is not None:
+                told.worker_lost.remote(name)
         self.new_worker()
         return f"{name} died, and another took its place: {reason}"
 
@@ -256,7 +259,7 @@ def staffed(config: EvalConfig, folder: Folder, index_dir: str | None, num_jobs:
     fleet: Any = None
     engines: list[Any] = []
     leans_on: dict[str, Any] = {}
-    retrieval, info, staff = None, None, None
+    retrieval, info, staff, turns = None, None, None, None
     try:
         if model and by_tokens:
             engine = replace(config.engine, model=model, version=Version(0, 0).label, seed=config.seed)
@@ -270,6 +273,7 @@ def staffed(config: EvalConfig, folder: Folder, index_dir: str | None, num_jobs:
                 came_up(f"retrieval's {name}", handle.ready.remote(), config.watch.start_s)
             info = came_up("retrieval", retrieval.ready.remote(), config.watch.start_s)[1]
         workers = num_workers(config, num_jobs)
+        turns = place_turns() if engines and workers > 1 else None
         kit = Kit(
             run_id=config.name,
             agent=config.agent.name,
@@ -289,7 +293,7 @@ def staffed(config: EvalConfig, folder: Folder, index_dir: str | None, num_jobs:
             start_s=config.policy.start_s,
         )
         came_up("the policy", starting, max(config.watch.start_s, config.policy.start_s))
-        staff = Staff(config, kit, fleet, engines, retrieval, info)
+        staff = Staff(config, kit, fleet, engines, retrieval, info, turns)
         for ready in [staff.new_worker().ready.remote() for _ in range(workers)]:
             came_up("a worker", ready, config.watch.start_s)
         for name, handle in [
@@ -310,7 +314,7 @@ def staffed(config: EvalConfig, folder: Folder, index_dir: str | None, num_jobs:
                 ray.get(fleet.shutdown.remote(), timeout=30)
         with contextlib.suppress(Exception):
             ray.get([engine.close.remote() for engine in engines], timeout=30)
-        for handle in (fleet, retrieval, *engines, *leans_on.values()):
+        for handle in (fleet, retrieval, turns, *engines, *leans_on.values()):
             _kill(handle)
 
 

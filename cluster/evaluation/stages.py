@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from agents.recordfile import read_records
 from agents.types import RecordError
 from cluster.errors import UserError, is_expected, one_line
 from cluster.evaluation.config import TOKEN_AGENT, EvalConfig
+from cluster.evaluation.contents import STAGES, contents
 from cluster.evaluation.journal import SCORES, SUMMARY, TASKS, UNITS, VERDICTS, Folder, open_folder, write_summary
-from cluster.evaluation.plan import STAGES, checks, contents, jobs, open_corpus, questions, recorded
+from cluster.evaluation.plan import checks, jobs, open_corpus, questions, recorded
 from cluster.evaluation.records import Played, Scored, State
 from cluster.evaluation.sealing import guard, refuse_clear
 from cluster.machine import check_ray, check_storage
@@ -57,22 +58,39 @@ class Asked:
 
 def evaluate(config: EvalConfig, asked: Asked) -> dict[str, Any]:
     """The evaluation that `config` describes. Returns the summary, and where to look. Raises one-line errors of the rooms."""
-    for check in checks(config, asked.stages):
-        check()
+    path = storage_dir(config.storage_path) / config.name
+    begun = (path / UNITS).is_file()
+    _check(config, () if begun else asked.stages)
     other = _other(asked.against) if asked.against else None
-    if "run" in asked.stages:
+    benchmark = questions(config)
+    refuse_clear(config, benchmark)
+    if begun:
+        _check(config, _to_do(config, Folder(path, "", benchmark, config.samples, config.probes), asked))
+    elif "run" not in asked.stages:
+        raise UserError(f"{path} holds nothing that was played; give --stage run first, or leave --stage out")
+    with open_folder(config, benchmark, contents(config, asked.stages)) as folder, _guarded(folder):
+        return _evaluated(config, folder, asked, other)
+
+
+def _check(config: EvalConfig, stages: Collection[str]) -> None:
+    """Whatever these stages need, and can be known without the questions. Raises one-line errors."""
+    for check in checks(config, stages):
+        check()
+    if "run" in stages:
         check_storage(config.storage_path, need_bytes=1 << 28)
         if joined := joined_address(config.ray):
             check_ray(joined)
         if config.policy.kind == "chat":
             asyncio.run(_check_endpoint(config))
-    benchmark = questions(config)
-    refuse_clear(config, benchmark)
-    path = storage_dir(config.storage_path) / config.name
-    if "run" not in asked.stages and not (path / UNITS).is_file():
-        raise UserError(f"{path} holds nothing that was played; give --stage run first, or leave --stage out")
-    with open_folder(config, benchmark, contents(config, asked.stages)) as folder, _guarded(folder):
-        return _evaluated(config, folder, asked, other)
+
+
+def _to_do(config: EvalConfig, folder: Folder, asked: Asked) -> list[str]:
+    """Of the stages that are asked for, those that others are needed for yet: who has played and judged everything wants nobody."""
+    from cluster.evaluation.judge import to_judge
+
+    plays = "run" in asked.stages and bool(jobs(config, folder, retry_errors=asked.retry_errors))
+    judges = "judge" in asked.stages and (plays or bool(to_judge(config, folder)))
+    return [stage for stage, some in (("run", plays), ("judge", judges)) if some]
 
 
 def _evaluated(config: EvalConfig, folder: Folder, asked: Asked, other: Path | None) -> dict[str, Any]:
@@ -120,7 +138,7 @@ def run_stage(config: EvalConfig, folder: Folder, asked: Asked, log: RunLog, oth
     from cluster.evaluation.run import Teller, play
 
     left = jobs(config, folder, retry_errors=asked.retry_errors)
-    if config.policy.kind == "recorded":
+    if left and config.policy.kind == "recorded":
         return _copy(config, folder)
     earlier = sum(state is State.done for state in folder.keys().values())
     teller = Teller(log, len(left), "question")
@@ -149,9 +167,11 @@ def run_stage(config: EvalConfig, folder: Folder, asked: Asked, log: RunLog, oth
 
 def judge_stage(config: EvalConfig, folder: Folder, asked: Asked, log: RunLog, other: Path | None) -> dict[str, Any]:
     """Gives a verdict on whatever has none of this judge."""
-    from cluster.evaluation.judge import judge, needs_ray
+    from cluster.evaluation.judge import judge, needs_ray, to_judge
     from cluster.progress import LOG_EVERY_S, Progress
 
+    if not to_judge(config, folder):
+        return {"unjudged": 0}
     index_dir = open_corpus(config, folder.benchmark)[0] if needs_ray(config) else None
     progress: list[Progress] = []
 

@@ -288,9 +288,17 @@ class EvalWorker:
     """A player as a Ray actor."""
 
     def __init__(
-        self, name: str, kit: Kit, fleet: Any, engines: Sequence[Any], retrieval: Any, info: BackendInfo | None
+        self,
+        name: str,
+        kit: Kit,
+        fleet: Any,
+        engines: Sequence[Any],
+        retrieval: Any,
+        info: BackendInfo | None,
+        turns: Any = None,
     ) -> None:
-        """`fleet`: of samplers, for the agent `policy`; `engines`: of hosted chat endpoints; `retrieval`: None for a closed book."""
+        """`fleet`: of samplers, for the agent `policy`; `engines`: of hosted chat endpoints, with `turns` where several workers share them;
+        `retrieval`: None for a closed book."""
         from cluster.evaluation.engines import Shared, limits_of
         from cluster.replicas import RouterClient
 
@@ -300,7 +308,8 @@ class EvalWorker:
         self._endpoint: Any = None
         self._engines, self._shared = engines, None
         if engines:
-            self._shared = Shared(limits_of(kit.chat, len(engines), kit.clients), kit.start_s, kit.chat.retries)
+            limits = limits_of(kit.chat, len(engines), kit.clients)
+            self._shared = Shared(limits, kit.start_s, kit.chat.retries, name, turns)
         self._player = Player(kit, backend, policy=policy, chat_of=self._chat_of, name=name)
 
     async def ready(self) -> int:

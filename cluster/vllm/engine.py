@@ -21,7 +21,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from cluster.vllm.adapters import ADAPTER, load_adapter, use_request, verify_adapter
 from cluster.vllm.buckets import from_wire
@@ -66,6 +66,9 @@ class PolicyEngine:
         self._vocab_size = 0
         self._max_model_len = config.max_model_len
         self._log: Path | None = None
+        self._said: IO[str] | None = None
+        """What the engine's processes write, from its start on; the file itself is gone."""
+        self._cause = ""
         self._tokenizer: Any = None
         self._init_info: dict[str, Any] | None = None
         self._coming: Manifest | None = None
@@ -100,7 +103,10 @@ class PolicyEngine:
             kind = "memory" if "memory" in cause.lower() else "start"
             raise EngineError(kind, f"engine for {self.config.model} did not start: {cause}") from error
         hush(self.config)
-        # A temporary log served to find the cause of a failed start; an owner that is killed must not leave it.
+        # A temporary log serves to find the cause of a death; an owner that is killed must not leave it.
+        if self._log is not None:
+            self._said = self._log.open(errors="replace")
+            self._said.seek(0, os.SEEK_END)
         self._remove_log()
         try:
             # The first call into the running engine; it also starts vLLM's output loop on this event loop.
@@ -115,6 +121,9 @@ class PolicyEngine:
     async def shutdown(self) -> None:
         """End the engine's processes. Safe to call twice, and on an engine that died."""
         llm, self._llm = self._llm, None
+        if self._said is not None:
+            self._cause = self._cause or root_cause(self._said) or ""
+            self._said.close()
         if llm is not None:
             with contextlib.suppress(Exception):
                 llm.shutdown()
@@ -451,7 +460,7 @@ class PolicyEngine:
         try:
             while not (await asyncio.wait({task}, timeout=_DEAD_POLL_S))[0]:
                 if self.dead:
-                    raise EngineError("dead", "the engine's process has died")
+                    raise self._death()
             return task.result()
         except EngineError:
             raise
@@ -464,8 +473,14 @@ class PolicyEngine:
         if isinstance(error, EngineError):
             return error
         if self.dead or type(error).__name__ == "EngineDeadError":
-            return EngineError("dead", "the engine's process has died")
+            return self._death()
         return EngineError(kind, one_line(error))
+
+    def _death(self) -> EngineError:
+        """With the exception that the engine wrote before it died; one that was killed wrote none."""
+        if self._said is not None and not self._cause:
+            self._cause = root_cause(self._said) or ""
+        return EngineError("dead", "the engine's process has died" + (f": {self._cause}" if self._cause else ""))
 
     def _open_log(self) -> Path | None:
         if self.config.verbose:

@@ -14,10 +14,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from cluster.vllm.adapters import adapter_options
-from cluster.vllm.options import EngineConfig
+from cluster.vllm.options import EngineConfig, batched_tokens
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -64,8 +64,10 @@ def build(config: EngineConfig, on_cpu: bool, kv_bytes: int | None) -> AsyncLLM:
     if dtype == "auto":
         dtype = "float32" if on_cpu else "bfloat16"
     options: dict[str, Any] = {}
-    if config.max_num_batched_tokens is not None:
-        options["max_num_batched_tokens"] = config.max_num_batched_tokens
+    if (tokens := batched_tokens(config, on_cpu)) is not None:
+        options["max_num_batched_tokens"] = tokens
+    if on_cpu:
+        options["enable_chunked_prefill"] = False
     block_size = config.block_size or (32 if on_cpu else None)
     if block_size is not None:
         options["block_size"] = block_size
@@ -102,10 +104,10 @@ def build(config: EngineConfig, on_cpu: bool, kv_bytes: int | None) -> AsyncLLM:
     return AsyncLLM.from_engine_args(args)
 
 
-def child_environment(config: EngineConfig, on_cpu: bool) -> dict[str, str]:
-    """What the spawned processes need; not left behind in this one."""
+def child_environment(config: EngineConfig, on_cpu: bool) -> dict[str, str | None]:
+    """What the spawned processes need, None for what must not be there; not left behind in this one."""
     path = os.environ.get("PYTHONPATH")
-    env = {
+    env: dict[str, str | None] = {
         "PYTHONPATH": os.pathsep.join([str(_ROOT), *([path] if path else [])]),
         "GUMSHOE_ENGINE_OWNER_PID": str(os.getpid()),
         "VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.start_timeout_s)),
@@ -117,6 +119,7 @@ def child_environment(config: EngineConfig, on_cpu: bool) -> dict[str, str]:
             "OMP_WAIT_POLICY": "PASSIVE",
             "KMP_BLOCKTIME": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": None,  # with vLLM it would go before `kv_cache_gb`
         }
         if config.tensor_parallel == 1:
             # On CPU vLLM would put the one worker into a process of its own below the engine core, to set its
@@ -126,17 +129,21 @@ def child_environment(config: EngineConfig, on_cpu: bool) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def environment(changes: Mapping[str, str]) -> Iterator[None]:
+def environment(changes: Mapping[str, str | None]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
+    _set(changes)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -161,15 +168,18 @@ def output_to(path: Path | None) -> Iterator[None]:
 _CAUSE = re.compile(r"\b(\w+(?:Error|Exception)): (.+)$")
 
 
-def root_cause(log: Path | None) -> str | None:
-    """The first named exception in the engine's own output that is not merely its echo."""
-    if log is None:
-        return None
-    with contextlib.suppress(OSError):
-        for line in log.read_text(errors="replace").splitlines():
-            match = _CAUSE.search(line)
-            if match and "initialization failed" not in match.group(2):
-                return match.group(2).strip()
+def root_cause(log: Path | IO[str] | None) -> str | None:
+    """The first named exception in the engine's own output that is not merely its echo. Of an open file, what it has not given yet."""
+    lines: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(log, Path):
+            lines = log.read_text(errors="replace").splitlines()
+        elif log is not None:
+            lines = log.readlines()
+    for line in lines:
+        match = _CAUSE.search(line)
+        if match and "initialization failed" not in match.group(2):
+            return match.group(2).strip()
     return None
 
 

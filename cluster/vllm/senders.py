@@ -1,7 +1,8 @@
 """The learner's side of the collective transports: one epoch's way out, on every rank.
 
 Invariants:
-- Every rank runs through the weights, whoever sends; gathering them is a collective of the learner's own.
+- Every rank runs through the weights, whoever sends; gathering them is a collective of the learner's own. What fails in it is raised as
+  it is, on all ranks (`agents.learning.agreement`), and is no broken transport.
 - A group ends with its epoch: a new one gets a new sender. CUDA IPC has no group, and its buffer stays.
 - vLLM is imported only by the way that needs it.
 """
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from agents.learning.agreement import GatherError, Word, heard, reason_of
 from cluster.vllm import collective
 from cluster.vllm.buckets import Bucket, StreamDigest, cut, largest, pack
 from cluster.vllm.collective import GATHER_SHARE, CollectiveError, GlooGroup, Rendezvous, Sent
@@ -172,17 +174,20 @@ class IpcSender:
             torch.cuda.current_stream(self._device).synchronize()
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
-        """What each rank's part of a work gives. Raises CollectiveError on all of them, with what went wrong on the first."""
-        result, reason = None, ""
+        """What each rank's part of a work gives. Raises CollectiveError on all of them, with what went wrong on the first; GatherError where
+        that was the gathering, which no other pass would mend."""
         try:
-            result = work()
+            word = Word(work())
+        except GatherError:
+            raise  # every rank has it
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-        said = self._everybody((reason, result))
-        failed = next((f"rank {rank}: {text}" for rank, (text, _) in enumerate(said) if text), "")
-        if failed:
-            raise CollectiveError(f"the weights were not taken: {failed}")
-        return [found for _, found in said]
+            word = Word(None, reason_of(error))
+        try:
+            return heard(self._everybody(word))
+        except GatherError:
+            raise
+        except RuntimeError as error:
+            raise CollectiveError(f"the weights were not taken: {error}") from error
 
 
 def _in_words(bucket: Bucket) -> dict[str, list[Any]]:
@@ -200,7 +205,7 @@ def failures(what: str) -> Iterator[None]:
     """What vLLM and NCCL raise of their own is a broken collective: it is met anew, and no learner ends by it."""
     try:
         yield
-    except CollectiveError:
+    except (CollectiveError, GatherError):
         raise
     except (RuntimeError, ValueError) as error:
         raise CollectiveError(f"{what}: {' '.join(str(error).split())[:200]}") from error

@@ -141,3 +141,9 @@ def test_a_sharded_checkpoint_is_a_model_directory(ranks: Path) -> None:
 def test_a_disk_that_is_full_for_one_rank_fails_all_and_leaves_nothing(ranks: Path) -> None:
     first, second, *left = read(ranks, "train-2")["full disk"]
     assert first == second and "rank 1" in first and "No space left" in first and not left
+
+
+def test_a_rank_that_cannot_gather_fails_all_with_its_words(ranks: Path) -> None:
+    said = read(ranks, "train-2")["no gather"]
+    assert len(said) == 6
+    assert all(words == ["rank 1: CUDA out of memory"] * 2 for words in said.values()), said

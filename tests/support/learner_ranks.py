@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,8 @@ import torch.distributed as dist
 import transformers.models.auto.modeling_auto  # what transformers would import late, in every fork
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
-from agents.learning import sharded
+from agents.learning import agreement, sharded
+from agents.learning import model as model_file
 from agents.learning.checkpoint import load_checkpoint, save_checkpoint
 from agents.learning.config import CriticConfig, LearnerConfig, LoraConfig, LossConfig
 from agents.learning.critic import load_critic
@@ -31,6 +33,8 @@ from agents.learning.scorer import ReferenceScorer
 from agents.learning.weights import local
 from agents.sharding import shard
 from agents.types import Sample
+from cluster.vllm.buckets import learn_layout
+from cluster.vllm.senders import IpcSender
 from tests.learning_tools import random_samples, rewarded
 
 WORLDS = (1, 2, 3)
@@ -129,6 +133,7 @@ def train(folder: Path, rank: int, world: int) -> dict[str, Any]:
         out[f"context {name}"] = steps(folder, make(folder, config))
     if world == 2:
         out["full disk"] = full_disk(folder, make(folder, replace(BASE, sharded_checkpoints=True)), rank)
+        out["no gather"] = no_gather(folder, make(folder, replace(BASE, sharded_checkpoints=True)), rank)
     return out
 
 
@@ -161,6 +166,46 @@ def full_disk(folder: Path, learner: Learner, rank: int) -> list[str]:
         sharded.save_file = kept
     left = sorted(p.name for p in path.parent.iterdir()) if rank == 0 else []
     return [*sharded.everybody(said), *left]
+
+
+def no_gather(folder: Path, learner: Learner, rank: int) -> dict[str, list[str]]:
+    """What each rank says when the second one cannot do its part in gathering: before the others wait for it, or behind them; while they
+    publish in turns of their own (CUDA IPC), or save."""
+    layout = learn_layout(learner.weights())
+    ipc = IpcSender(rank, torch.device("cpu"), agreement.everybody, lambda buffer: (f"gpu-{rank}", []))
+
+    def by_ipc() -> None:
+        with agreement.to_the_end(learner.weights()) as given:
+            ipc.send(given, layout, 3000, lambda piece: None)
+
+    ways: dict[str, Callable[[], Any]] = {
+        "publish": lambda: list(learner.weights()),
+        "ipc": by_ipc,
+        "save": lambda: save_checkpoint(folder / "torn" / "step-000001", learner),
+    }
+    said: dict[str, list[str]] = {}
+    for where, (module, name) in {"room": (agreement, "_try_room"), "after": (model_file, "unstack")}.items():
+        for way, work in ways.items():
+            text, whole, calls = "nothing", getattr(module, name), []
+
+            def fails(*args: Any, whole: Any = whole, calls: list[int] = calls) -> Any:
+                calls.append(1)
+                if len(calls) == 4 and rank == 1:
+                    raise RuntimeError("CUDA out of memory")
+                return whole(*args)
+
+            setattr(module, name, fails)
+            began = time.monotonic()
+            try:
+                work()
+            except agreement.GatherError as error:
+                text = str(error)
+            finally:
+                setattr(module, name, whole)
+            assert time.monotonic() - began < 20
+            said[f"{where}, {way}"] = agreement.everybody(text)
+    assert len(list(learner.weights())) == len(layout), "the ranks are no longer in step"
+    return said
 
 
 def _copied(weights: Any) -> dict[str, torch.Tensor]:

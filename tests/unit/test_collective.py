@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from agents.learning import agreement
 from agents.types import Version
 from cluster import publisher
 from cluster.fleet import Fleet, FleetConfig, _Engine
@@ -470,6 +471,36 @@ def test_by_ipc_what_fails_on_one_rank_ends_the_pass_on_all_and_the_next_is_whol
     took_s = story.publish(1)
     assert story.engines["a"].holds == 1.0 and story.live() == {"a"} and took_s < 5
     assert story.gathers == [18, 18] and len(EXPORTED) == 2 and tries[0] == ("w0", "w1", "w2")
+
+
+@pytest.mark.parametrize("transport", ["gloo", "ipc"])
+def test_a_rank_that_cannot_gather_ends_the_learner_on_all_ranks_with_its_words(transport: str) -> None:
+    """The others would wait in their next gather, or tell each other of a piece that this rank never filled."""
+    story = Story([Engine("a", 2, gpus=("gpu-0", "gpu-1"))], transport=transport)
+    everybody = [partial(story._everybody, rank) for rank in (0, 1)]
+    began = time.monotonic()
+
+    def gather(rank: int) -> Any:
+        def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+            for number, weight in enumerate(weights(1)):
+                agreement.heard(everybody[rank](agreement.Word()))
+                if (rank, number) == (1, 2) and story.ranks[0]._layout:  # behind what the others gather
+                    raise RuntimeError("CUDA out of memory")
+                yield weight
+
+        return lambda dtype: agreement.said(gathered(), everybody[rank])
+
+    if transport == "gloo":
+        story.ranks[0]._layout = story.ranks[1]._layout = learn_layout(weights(1))
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(story.ranks[r].publish, gather(r), 1) for r in (0, 1)]
+        for one in both:
+            with pytest.raises(agreement.GatherError, match=r"^rank 1: CUDA out of memory$"):
+                one.result(20)
+    assert time.monotonic() - began < 10 and story.published == []
+    (line,) = story.events
+    assert "step 1 were not gathered" in line and "rank 1: CUDA out of memory" in line
+    assert not story.live() or story.engines["a"].holds == -1.0, "half-new weights may be sampled from"
 
 
 def test_who_does_not_come_to_the_meeting_is_an_error_within_the_deadline() -> None:

@@ -19,10 +19,11 @@ from cluster import cli
 from cluster.config import CONFIGS, config_names, load_config, sections
 from cluster.errors import UserError
 from cluster.evaluation.config import BudgetConfig, ChatConfig, EvalConfig, differing, identity
+from cluster.evaluation.contents import contents
 from cluster.evaluation.engines import served
 from cluster.evaluation.journal import SCORES, TASKS, UNITS, VERDICTS, Folder, open_folder
 from cluster.evaluation.judge import judge, judge_hash
-from cluster.evaluation.plan import checks, contents, jobs, lacking, questions
+from cluster.evaluation.plan import checks, jobs, lacking, questions
 from cluster.evaluation.records import Judged, Played, State, Unit
 from cluster.evaluation.sealing import Sealer, guard, leaks
 from cluster.evaluation.stages import Asked, evaluate

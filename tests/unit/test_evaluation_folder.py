@@ -16,8 +16,9 @@ from agents.report.evaluation_load import load_evaluation
 from agents.types import RecordError, Turn, Usage
 from cluster.errors import UserError, redacted
 from cluster.evaluation.config import EvalConfig
+from cluster.evaluation.contents import contents
 from cluster.evaluation.journal import TASKS, UNITS, VERDICTS, Folder, open_folder
-from cluster.evaluation.plan import checks, contents, questions
+from cluster.evaluation.plan import checks, questions
 from cluster.evaluation.records import Played, State, Unit
 from cluster.evaluation.score import score_units
 from cluster.evaluation.stages import Asked, evaluate
@@ -70,6 +71,7 @@ def test_a_stage_wants_nothing_that_only_another_one_needs(played: Any) -> None:
     found.judge.kind, found.judge.api_key_env = "chat", "GS_NO_SUCH_KEY_EITHER"
     found.judge.base_url, found.judge.model = "http://127.0.0.1:9/v1", "judge"
     assert evaluate(found, Asked.of("score"))["units"]["unjudged"] == 8, "nobody of that judge has judged"
+    found.samples = 3
     for stages, variable in (("judge", "GS_NO_SUCH_KEY_EITHER"), ("run", "GS_NO_SUCH_KEY")):
         with pytest.raises(UserError, match=f"{variable} is not set"):
             evaluate(found, Asked.of(stages))
@@ -84,8 +86,8 @@ def test_a_checkpoint_that_is_gone_is_scored(tmp_path: Path) -> None:
         write_played(folder, [replace(p, unit=p.unit._replace(config=folder.config)) for p in once_played()[:4]])
     (tmp_path / "policy" / "model.safetensors").unlink()
     assert evaluate(found, Asked.of("judge,score"))["mean"]["n"] == 4
-    with pytest.raises(UserError):
-        evaluate(found, Asked.of("run"))
+    with pytest.raises(UserError, match="policy"):
+        evaluate(replace(found, samples=2), Asked.of("run"))
     (tmp_path / "policy" / "model.safetensors").write_bytes(b"others")
     with (
         pytest.raises(UserError, match=r"model.weights is '.*' \(was '"),

@@ -19,7 +19,7 @@ from agents.types import Generation, Sampling, Span, Usage, Version
 from cluster.evaluation.budget import BudgetedChat, BudgetedPolicy, Purse
 from cluster.evaluation.chat import ChatEndpoint, NoReply
 from cluster.evaluation.config import BudgetConfig, ChatConfig
-from cluster.evaluation.engines import EngineAway, EngineChat, Shared, limits_of
+from cluster.evaluation.engines import ChatEngine, EngineAway, EngineChat, Shared, Turns, limits_of
 from cluster.rollout import RemotePolicy, RolloutConfig
 from cluster.stopwatch import Stopwatch, TimeUp, shown_s, standing, turn_back
 from cluster.watchdog import Waits
@@ -162,11 +162,25 @@ def test_finding_an_engine_and_engines_that_died_are_not_the_agents() -> None:
 # ---------------------------------------------------------------------------------------------------- chat engines
 
 
+class Alive:
+    """`pulse` of an engine's actor: it is there unless it is `dead`."""
+
+    def __init__(self, dead: Callable[[], bool] = lambda: False) -> None:
+        self._dead = dead
+
+    def remote(self) -> Any:
+        async def body() -> None:
+            if self._dead():
+                raise ray.exceptions.ActorUnavailableError("restarting", None)
+
+        return body()
+
+
 class Engine:
     """The handle of an engine's actor: `says(seconds since the beginning)` is its reply, or what is raised."""
 
     def __init__(self, says: Callable[[float], Any]) -> None:
-        self._says, self.asked, self.reply = says, list[float](), self
+        self._says, self.asked, self.reply, self.pulse = says, list[float](), self, Alive()
 
     def remote(self, messages: Any, options: Any) -> Any:
         self.asked.append(time.monotonic())
@@ -205,7 +219,9 @@ def restarts(until_s: float) -> Engine:
             return ray.exceptions.ActorDiedError()
         return EngineAway("the chat engine is starting again") if now < until_s else "well"
 
-    return Engine(says)
+    engine = Engine(says)
+    engine.pulse = Alive(lambda: time.monotonic() < until_s / 2)
+    return engine
 
 
 def test_a_question_waits_for_an_engine_that_starts_again() -> None:
@@ -240,39 +256,116 @@ def test_what_an_engine_refuses_fails_at_once_and_a_request_that_kills_engines_s
     assert len(poison.asked) < 10
 
 
+class Fragile:
+    """An engine that whatever says `poison` kills, and all that it is asked beside; then it is gone for a moment, and starts for a while."""
+
+    def __init__(self) -> None:
+        self._gone_until = self._up_at = 0.0
+        self._falls = asyncio.Event()
+        self.killed: list[str] = []
+        self.reply, self.pulse = self, Alive(lambda: time.monotonic() < self._gone_until)
+
+    def remote(self, messages: Any, options: Any) -> Any:
+        async def body() -> ChatReply:
+            now, said = time.monotonic(), messages[0]["content"]
+            if now < self._gone_until:
+                raise ray.exceptions.ActorUnavailableError("restarting", None)
+            if now < self._up_at:
+                raise ray.exceptions.RayTaskError("reply", "", EngineAway("starting"))
+            if said == "poison":
+                await asyncio.sleep(0.3)
+                self._gone_until, self._up_at = time.monotonic() + 4, time.monotonic() + 40
+                self._falls.set()
+                self._falls = asyncio.Event()
+                raise ray.exceptions.ActorDiedError()
+            try:
+                await asyncio.wait_for(self._falls.wait(), 0.5)
+            except TimeoutError:
+                return ChatReply("well", usage=Usage(5, 1))
+            self.killed.append(said)
+            raise ray.exceptions.ActorDiedError()
+
+        return body()
+
+
+class Remote:
+    """An actor's handle around an object of this process."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        return mock.Mock(remote=lambda *given: asyncio.ensure_future(getattr(self._actor, name)(*given)))
+
+
+def put_to(engines: Sequence[Any], *workers: Sequence[str], turns: Any = None) -> list[list[str]]:
+    """How questions of one request end that several workers put to the same engines."""
+
+    async def one(shared: Shared, content: str) -> str:
+        chat = EngineChat(engines, content, 0, Waits(), shared)
+        budgeted = BudgetedChat(chat, Purse(BudgetConfig(seconds=1.0), time.monotonic), 100)
+        return (await budgeted.reply([{"role": "user", "content": content}])).text
+
+    async def all_of_them() -> list[list[str]]:
+        found = []
+        for number, contents in enumerate(workers):
+            shared = Shared(limits_of(chat_config(), 1, 1), 900.0, 4, f"player-{number}", turns)
+            found.append(asyncio.gather(*(one(shared, content) for content in contents), return_exceptions=True))
+        return [
+            [type(f).__name__ if isinstance(f, BaseException) else f for f in ended]
+            for ended in await asyncio.gather(*found)
+        ]
+
+    return virtual_time.run(all_of_them())
+
+
 def test_a_request_that_kills_engines_fails_alone() -> None:
     """Those that shared the engine with it wait, are asked one by one, and lose nothing."""
-    up_at, falls = 0.0, asyncio.Event()
+    assert put_to([Fragile()], ["a", "b", "poison", "c", "d"]) == [["well", "well", "ChatFailed", "well", "well"]]
 
-    class Fragile:
-        def remote(self, messages: Any, options: Any) -> Any:
-            async def body() -> ChatReply:
-                nonlocal up_at, falls
-                if time.monotonic() < up_at:
-                    raise ray.exceptions.RayTaskError("reply", "", EngineAway("starting"))
-                if messages[0]["content"] == "poison":
-                    await asyncio.sleep(0.3)
-                    up_at = time.monotonic() + 40
-                    falls.set()
-                    falls = asyncio.Event()
-                    raise ray.exceptions.ActorDiedError()
-                try:
-                    await asyncio.wait_for(falls.wait(), 0.5)
-                except TimeoutError:
-                    return ChatReply("well", usage=Usage(5, 1))
-                raise ray.exceptions.ActorDiedError()
 
-            return body()
+def test_what_kills_engines_costs_the_questions_of_other_workers_nothing() -> None:
+    """A suspect of one worker is not charged with what a suspect of another did, though both are asked anew."""
+    engine, turns = Fragile(), Turns()
+    others = [[f"{worker}{number}" for number in range(5)] for worker in "bcd"]
+    found = put_to([engine], ["a", "poison"], *others, turns=Remote(turns))
+    assert found == [["well", "ChatFailed"], *[["well"] * 5] * 3]
+    assert not turns._waiting and max(map(engine.killed.count, engine.killed)) == 2, (
+        "together, then with other workers' suspects, then alone"
+    )
 
-    async def all_of_them() -> list[str]:
-        engine, shared = mock.Mock(reply=Fragile()), Shared(limits_of(chat_config(), 1, 1), 900.0, 4)
 
-        async def one(content: str) -> str:
-            chat = EngineChat([engine], content, 0, Waits(), shared)
-            budgeted = BudgetedChat(chat, Purse(BudgetConfig(seconds=1.0), time.monotonic), 100)
-            return (await budgeted.reply([{"role": "user", "content": content}])).text
+def test_an_engine_that_was_dead_before_has_not_died_of_a_suspect() -> None:
+    """Its actor is gone for a long time in short pieces: nobody crashed it, so nobody pays."""
+    down = [True]
+    engine = Engine(lambda now: ray.exceptions.ActorDiedError() if len(engine.asked) == 1 else "well")
+    engine.pulse = Alive(lambda: down[0] and time.monotonic() < 300.0)
+    assert asked([engine]) == "well" and len(engine.asked) == 2
 
-        found = await asyncio.gather(*map(one, ("a", "b", "poison", "c", "d")), return_exceptions=True)
-        return [type(f).__name__ if isinstance(f, BaseException) else f for f in found]
 
-    assert virtual_time.run(all_of_them()) == ["well", "well", "ChatFailed", "well", "well"]
+def test_a_server_that_refuses_while_it_dies_is_dead_and_not_silent() -> None:
+    """What a dying server says to all that was under way would count as their silence, five of which cost a try."""
+    engine = ChatEngine.__new__(ChatEngine)
+    engine._server = mock.Mock()
+    engine._endpoint = mock.Mock(reply=mock.AsyncMock(side_effect=NoReply("HTTP 500")))
+
+    async def body() -> None:
+        asked = asyncio.ensure_future(engine.reply(USER, {}))
+        await asyncio.sleep(8)  # its actor is gone by then
+        assert not asked.done()
+        with pytest.raises(NoReply, match="HTTP 500"):  # it goes on
+            await asked
+
+    virtual_time.run(body())
+
+
+def test_turns_of_a_worker_that_died_are_over() -> None:
+    async def body() -> list[bool]:
+        turns = Turns()
+        found = [await turns.comes("a", "1"), await turns.comes("b", "2"), await turns.comes("c", "3")]
+        await turns.worker_lost("a")
+        found.append(await turns.comes("b", "2"))
+        await turns.over("b", "2")
+        return [*found, await turns.comes("c", "3")]
+
+    assert asyncio.run(body()) == [True, False, False, True, True]

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +177,51 @@ def test_a_check_that_dies_or_hangs_ends_no_other(
     assert not gpu_check.healthy(report)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_who_ends_the_doctor_ends_the_check_with_all_it_started(number: int, tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "own.py").write_text(
+        "import os, subprocess, sys, tempfile, time\n"
+        "from cluster.gpu_check import answer\n"
+        "def own(bench):\n"
+        "    other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "    open(tempfile.mkdtemp() + '/half', 'w').write('x')\n"
+        f"    open({str(tmp_path / 'part')!r}, 'w').write(f'{{os.getpid()}} {{other.pid}}')\n"
+        f"    os.rename({str(tmp_path / 'part')!r}, {str(tmp_path / 'pids')!r})\n"
+        "    time.sleep(60)\n"
+        "sys.exit(answer({'own': own}, sys.argv[1:]))\n"
+    )
+    (tmp_path / "tmp").mkdir()
+    code = (
+        "from pathlib import Path\nfrom cluster import gpu_check as g\n"
+        f"g.ROOT = Path({str(tmp_path)!r})\n"
+        "g.run([g.Check('own', 'own', 'it works', ())], cpu=True, facts=g.Facts())"
+    )
+    doctor_ = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}, stderr=subprocess.DEVNULL
+    )  # fmt: skip
+    ends_at = time.monotonic() + 30
+    while not (tmp_path / "pids").exists():
+        assert time.monotonic() < ends_at and doctor_.poll() is None
+        time.sleep(0.02)
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    doctor_.send_signal(number)
+    assert doctor_.wait(20) == (128 + number if number == signal.SIGTERM else -number)
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < ends_at, "a check outlives the command that began it"
+        time.sleep(0.02)
+    if number != signal.SIGKILL:
+        assert not list((tmp_path / "tmp").iterdir())
+
+
+def alive(pid: int) -> bool:
+    """Also False for a process that has ended and that nobody has asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 # ------------------------------------------------------------------------------------------------ what is promised
 
 
@@ -188,8 +239,17 @@ def test_readme_and_doctor_list_the_same_paths_that_no_gpu_has_run() -> None:
     said = "\n".join(doctor._never())
     assert all(untried.what in said for untried in NEVER_RUN)
     for untried in NEVER_RUN:
-        assert (ROOT / untried.where).exists(), untried.where
+        assert all((ROOT / where).exists() for where in (untried.where, *untried.also)), untried
         assert not untried.check or untried.check in {c.name for c in CHECKS}
+
+
+def test_every_file_that_does_something_of_its_own_on_a_gpu_is_on_the_list() -> None:
+    marks = re.compile(r"torch\.cuda|[\"']cuda|Nccl|NCCL\w+Engine|\"nccl\" if|cpu_to_all_gpus|sleep\(level")
+    rooms = ("agents", "envs", "rewards", "retrieval", "cluster")
+    code = (file for room in rooms for file in (ROOT / room).rglob("*.py"))
+    found = {str(file.relative_to(ROOT)) for file in code if marks.search(file.read_text(encoding="utf-8"))}
+    listed = {where for untried in NEVER_RUN for where in (untried.where, *untried.also)}
+    assert len(found) > 12 and found - listed == {"cluster/gpu_check.py"}
 
 
 def test_what_a_gpu_has_run_is_no_longer_listed() -> None:

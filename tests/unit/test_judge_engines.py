@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from agents.types import Status, Task
-from cluster.judges import JudgeEngine, hosted, place
+from cluster import nodecache
+from cluster.judges import JudgeEngine, checkpoint, hosted, place
+from cluster.nodecache import ship
+from cluster.nodes import Answer, Node
 from rewards.judges.base import JudgeConfig, JudgeError, make_judge
+from rewards.judges.chat import ChatJudge
 from rewards.outcome import outcome_request
 from tests.support.reward_cases import rollout
 
@@ -54,6 +62,39 @@ async def test_an_engine_that_does_not_start_is_one_line() -> None:
     with pytest.raises(JudgeError, match=r"was not up within judge.start_s=0.5"):
         await slow.ready()
     await slow.close()
+
+
+async def test_a_judge_folder_comes_to_a_node_that_does_not_see_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GUMSHOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(nodecache, "_held", {})
+    folder, storage, gone = tmp_path / "judge", str(tmp_path / "storage"), tmp_path / "not mounted here"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "qwen3"}')
+    nodes = [Node(name * 32, name, {}, {}) for name in "ab"]
+    blind: Any = lambda nodes, work, *_: [Answer(node, "") for node in nodes]  # noqa: E731
+    source = ship(checkpoint(config(model=str(folder))), nodes, storage, ask=blind)
+    folder.rename(gone)  # as another node has it
+    told = tmp_path / "told"
+    script = f"import json, sys; json.dump(sys.argv[1:], open({str(told)!r}, 'w')); raise ValueError('enough')"
+    engine = JudgeEngine(config(model=str(folder)), (sys.executable, "-c", script), source)
+    with pytest.raises(JudgeError, match="enough"):
+        await engine.ready()
+    await engine.close()
+    served, _, name, *_ = json.loads(told.read_text())
+    assert name == str(folder) and Path(served, "config.json").read_text() == '{"model_type": "qwen3"}'
+    other = ChatJudge(replace(config(model=str(folder)), kind="vllm", base_url="http://x/v1"))
+    assert engine._judge._identity != other._identity, "other weights under that name would be the same judge"
+
+    shutil.rmtree(tmp_path / "storage")
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(nodecache, "_held", {})  # as in another process
+    with pytest.raises(JudgeError, match=rf"judge.model {folder}: this node sees neither .*; mount one of them"):
+        JudgeEngine(config(model=str(folder)), CHILD, source)
+    with pytest.raises(JudgeError, match=r"is no folder of node .*; mount it there, or keep judges off that node"):
+        JudgeEngine(config(model=str(folder)), CHILD)
+    assert not checkpoint(config()) and not checkpoint(config(model=str(gone), replay="traffic.jsonl"))
 
 
 async def test_what_a_server_that_was_killed_leaves_behind_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

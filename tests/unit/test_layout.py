@@ -6,12 +6,14 @@ import asyncio
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from cluster import cli
+from cluster.actors import Actors
 from cluster.config import ROOT, load_config
 from cluster.errors import UserError
 from cluster.fitting import misfits
@@ -364,3 +366,23 @@ def test_learners_share_the_gpus_of_one_node() -> None:
     (line,) = misfits(shared, QWEN_4B, parse_gpus("2x2x80"))
     assert "works on the GPUs of one node, and the engines sit on 2" in line
     assert not one_node(config("carr_4b_grpo"), {"a", "b"})
+
+
+def test_the_loss_of_the_node_they_share_ends_the_run_at_once_and_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else learners, which are bound to it, wait until `train.batch_timeout_s`."""
+    table = [{"NodeID": "a" * 32, "Alive": True}, {"NodeID": "b" * 32, "Alive": False}]
+    monkeypatch.setattr("ray.nodes", lambda: table)
+    two = config("carr_4b_grpo", *SHARED, "fleet.num_engines=2", "train.num_workers=2")
+    one = SimpleNamespace(_config=two, _shared={"a" * 32}, _looked=-1e9)
+    Actors._look_for_shared(one)  # type: ignore[arg-type]
+    table[0]["Alive"] = False
+    Actors._look_for_shared(one)  # type: ignore[arg-type] - it has just looked
+    one._looked -= 60
+    with pytest.raises(
+        UserError, match=r"^node aaaaaaaa was lost, .* with resume=auto once a node with 2 free GPUs is"
+    ):
+        Actors._look_for_shared(one)  # type: ignore[arg-type]
+    split = SimpleNamespace(_config=two, _shared=set(), _looked=-1e9)
+    Actors._look_for_shared(split)  # type: ignore[arg-type] - engines find another place, and learners too

@@ -232,6 +232,19 @@ def test_a_retriever_elsewhere_must_answer(listener: int, free_port: int, monkey
     assert "NO_SUCH_TOKEN is not set; put the endpoint's token there, or correct retrieval.remote.token_env" in missing
 
 
+def test_a_judge_folder_is_looked_at_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "judge").mkdir()
+    given = ["judge.kind=vllm", "judge.num_gpus=0", "reward.outcome=judge", f"judge.model={tmp_path}/judgge"]
+    looks = [c for c in checks.checks(load_config("configs/demo.yaml", given, RunConfig)) if "judge_model" in repr(c)]
+    assert [line_of(look) for look in looks] == [
+        f"judge.model folder {tmp_path}/judgge does not exist; correct judge.model (did you mean 'judge'?)"
+    ]
+    assert line_of(checks.check_judge_model, str(tmp_path / "judge")).startswith(
+        f"{tmp_path}/judge holds no config.json"
+    )
+    checks.check_judge_model("Qwen/Qwen3-4B")  # a name, which each engine looks up for itself
+
+
 @pytest.mark.parametrize("setting", ["max_sampled_tokens", "max_minutes"])
 def test_limits_are_not_negative(setting: str) -> None:
     assert f"train.{setting} is -1" in line_of(checks.check_section, TrainConfig(**{setting: -1}))

@@ -310,6 +310,19 @@ def test_the_page_lists_every_assumption_with_its_default() -> None:
     assert [f"| `{k}` | {v:g} |" for k, v in asdict(Assumptions()).items() if f"| `{k}` | {v:g} |" not in page] == []
 
 
+def test_the_page_has_every_recorded_row() -> None:
+    page = (simulate.ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    rows = json.loads((RESULTS / "simulate" / "scale.json").read_text(encoding="utf-8"))["rows"]
+    assert {r["scenario"] for r in rows} == set(simulate.SCENARIOS)
+    for r in rows:
+        held = r["held_up_by"] + (f" ({r['gains'][r['held_up_by']]:+.0%})".replace("%", " %") if "gains" in r else "")
+        line = (
+            f"| {r['scenario'].removeprefix('batch of ')} | {r['gpus']:,} | {r['tokens_per_s'] / r['gpus']:.0f} | {r['step_s']:,.0f} | "
+            f"{r['staleness']:.2f} | {100 * r['dropped']:.1f} % | {held} |"
+        )
+        assert line in page, line
+
+
 def test_the_recorded_errors_are_those_of_the_recorded_rows(capsys) -> None:
     recorded = json.loads((RESULTS / "simulate" / "check.json").read_text(encoding="utf-8"))
     assert simulate.show_check(recorded["rows"]) == recorded["errors"]
