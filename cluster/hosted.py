@@ -67,6 +67,8 @@ class ModelServer:
         prepare_calm(EngineConfig(model))
         env = os.environ | gumshoe.child_env() | {"VLLM_API_KEY": os.environ[KEY]} | dict(variables or {})
         if not num_gpus:
+            # A prompt with a seed that is cut into chunks would end the engine (`options.batched_tokens`).
+            options.append("--no-enable-chunked-prefill")
             # Else vLLM would bind its threads to cores of its own choice, which other processes of the run use too.
             env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             if not _MEMORY.intersection(option.split("=")[0] for option in arguments):

@@ -25,6 +25,7 @@ from cluster.evaluation.config import ChatConfig, EvalConfig
 from cluster.hosted import KEY, ModelServer
 from cluster.sizes import served_kv_gib
 from cluster.stopwatch import shown_s, standing, turn_back
+from cluster.vllm.options import batched_tokens
 from cluster.watchdog import Pulse, Waits
 from rewards.judges.limits import Limits
 
@@ -200,8 +201,8 @@ def engine_arguments(config: EvalConfig) -> list[str]:
         "max-model-len": engine.max_model_len, "max-num-seqs": engine.max_num_seqs, "tensor-parallel-size": engine.tensor_parallel,
         "seed": config.seed, "dtype": "float32" if on_cpu and engine.dtype == "auto" else engine.dtype, "generation-config": "vllm",
     }  # fmt: skip
-    if engine.max_num_batched_tokens:
-        given["max-num-batched-tokens"] = engine.max_num_batched_tokens
+    if tokens := batched_tokens(engine, on_cpu):
+        given["max-num-batched-tokens"] = tokens
     if not on_cpu:
         given["gpu-memory-utilization"] = engine.gpu_memory_utilization
     flags = ["--enforce-eager"] if engine.enforce_eager else []

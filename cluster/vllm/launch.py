@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.vllm.options import EngineConfig
+from cluster.vllm.options import EngineConfig, batched_tokens
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -63,8 +63,10 @@ def build(config: EngineConfig, on_cpu: bool, kv_bytes: int | None) -> AsyncLLM:
     if dtype == "auto":
         dtype = "float32" if on_cpu else "bfloat16"
     options: dict[str, Any] = {}
-    if config.max_num_batched_tokens is not None:
-        options["max_num_batched_tokens"] = config.max_num_batched_tokens
+    if (tokens := batched_tokens(config, on_cpu)) is not None:
+        options["max_num_batched_tokens"] = tokens
+    if on_cpu:
+        options["enable_chunked_prefill"] = False
     block_size = config.block_size or (32 if on_cpu else None)
     if block_size is not None:
         options["block_size"] = block_size

@@ -19,7 +19,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     """Sequences that run at once; more wait."""
     max_num_batched_tokens: int | None = None
-    """Tokens of one step over all sequences; None leaves it to vLLM."""
+    """Tokens of one step over all sequences; None leaves it to vLLM. On CPU at least `max_model_len`, see `batched_tokens`."""
     kv_cache_gb: float | None = None
     """Memory for keys and values in GiB; None: 0.5 on CPU, what `gpu_memory_utilization` leaves on GPU."""
     block_size: int | None = None
@@ -44,3 +44,14 @@ class EngineConfig:
     """File that gets all output of the engine's processes; None: a temporary one, removed after the start."""
     verbose: bool = False
     """Let vLLM talk to the console instead."""
+
+
+def batched_tokens(config: EngineConfig, on_cpu: bool) -> int | None:
+    """`max_num_batched_tokens` as vLLM is told.
+
+    On CPU a prompt is never cut into chunks (vLLM's `enable_chunked_prefill`), and a step must have room for the longest: after a chunk
+    vLLM takes back the draw of a request with a seed by the offset of its generator, which generators on CPU do not have, and the
+    engine dies (vLLM 0.32, `GPUModelRunner._bookkeeping_sync`).
+    """
+    given = config.max_num_batched_tokens
+    return max(given, config.max_model_len) if on_cpu and given is not None else given

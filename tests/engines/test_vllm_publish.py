@@ -197,6 +197,21 @@ def test_score_is_the_trainers_forward_even_for_a_cached_prompt(bench: Bench) ->
     assert_close([torch.tensor(scores) - wanted for scores in bench.run(work())], "score")
 
 
+def test_a_seed_gives_the_same_tokens_in_a_burst_of_more_prompts_than_a_step_holds(bench: Bench) -> None:
+    engine, questions = bench.engines["a"], prompts(40, length=300)
+
+    async def ask(i: int, name: str) -> tuple[int, ...]:
+        made = await engine.generate(questions[i], request_id=f"{name}-{i}", max_tokens=4, temperature=1.0, seed=i)
+        return made.token_ids
+
+    async def work() -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        burst = await asyncio.gather(*(ask(i, "burst") for i in range(len(questions))))
+        return list(burst), [await ask(i, "alone") for i in (0, 13, 14, 39)]
+
+    burst, alone = bench.run(work())
+    assert alone == [burst[i] for i in (0, 13, 14, 39)]
+
+
 def test_prefix_cache_is_used_within_one_version_and_never_across(bench: Bench) -> None:
     engine = bench.engines["a"]
     question = prompts(3)[2]
