@@ -50,6 +50,10 @@ class Progress:
         self._line = ""
         self._every_s, self._shown_at = (0.0 if self._live else every_s), -float("inf")
 
+    def begin(self) -> None:
+        """The pace counts from now: what came before was getting ready."""
+        self._step_at = [(self._clock(), self._step_at[-1][1])]
+
     def update(self, step: int, values: Mapping[str, Any]) -> None:
         """Show the state after `step` from that step's metrics."""
         known = [at for at in self._step_at if at[1] < step]  # a restore goes back: its pace counts from there

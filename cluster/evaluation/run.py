@@ -57,6 +57,7 @@ class Teller:
     def begin(self) -> None:
         """From now on the pace counts."""
         self._began = time.monotonic()
+        self.progress.begin()
 
     def event(self, message: str) -> None:
         self.log.event(self.done, message)

@@ -142,6 +142,16 @@ def test_progress_is_one_line_per_step_in_a_log() -> None:
     assert len(lines) == 2
 
 
+def test_getting_ready_is_not_part_of_the_pace() -> None:
+    now, stream = [0.0], io.StringIO()
+    progress = Progress(100, unit="question", stream=stream, clock=lambda: now[0], live=False)
+    now[0] = 60.0  # engines came up
+    progress.begin()
+    now[0] = 61.0
+    progress.update(1, {})
+    assert stream.getvalue() == "question   1/100 · 1m 39s left\n"
+
+
 def test_progress_updates_one_line_on_a_terminal_and_keeps_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     out = io.StringIO()
