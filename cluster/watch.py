@@ -138,6 +138,7 @@ class Teller:
     def wait_begins(self) -> None:
         """Step times count from here."""
         self._stepped = self._alive = time.time()
+        self._progress.begin()
 
 
 def watch(
