@@ -81,6 +81,7 @@ def cluster(site: Path, log: Path) -> Iterator[Cluster]:
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
         "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=4", f"--temp-dir={folder}",
         "--object-store-memory=150000000", "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0",
+        f"--dashboard-agent-listen-port={free_port()}",  # the default may be another Ray's, and then no job is taken
     ]  # fmt: skip
     with open(log, "wb") as out:
         head = subprocess.Popen(
