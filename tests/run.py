@@ -126,7 +126,9 @@ def run_group(name: str, more: Sequence[str], in_ci: bool, folder: Path | None =
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gumshoe-tests-") as scratch:
         report = Path(scratch) / "report.xml"
-        spread = ["-n", str(PROCESSES[name]), "--dist", "loadfile", "--no-loadscope-reorder"] if name in PROCESSES else []
+        spread = (
+            ["-n", str(PROCESSES[name]), "--dist", "loadfile", "--no-loadscope-reorder"] if name in PROCESSES else []
+        )
         command = [sys.executable, "-m", "pytest", str(folder), "-q", f"--junitxml={report}", *spread, *more]
         code = run_limited(command, 60 * HARD_LIMIT * BUDGET_MIN.get(name, 5.0))
         if report.is_file():

@@ -86,6 +86,8 @@ class TwoNodes:
 @contextlib.contextmanager
 def two_nodes(cpus: float = 2, env: Mapping[str, str] | None = None) -> Iterator[TwoNodes]:
     """A head and another node with so many CPUs each, for drivers of this process or of others. `env`: of both."""
+    from ray._private.authentication_test_utils import reset_auth_token_state
+
     before = {name: os.environ.get(name) for name in OPEN}
     os.environ.update(OPEN)
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -99,6 +101,7 @@ def two_nodes(cpus: float = 2, env: Mapping[str, str] | None = None) -> Iterator
             cluster.close()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+        reset_auth_token_state()  # Ray remembers the mode for the life of the process
         shutil.rmtree(folder, ignore_errors=True)
 
 
