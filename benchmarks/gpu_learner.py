@@ -137,6 +137,7 @@ def packed_attention(bench: Bench) -> Figures:
         ratio = learner.step(batch)["grad_norm"] / norm
         told = {"logprob_mean": float(apart.mean()), "logprob_max": float(apart.max()), "grad_norm_ratio": ratio}
         figures[f"{attention} {layout} {dtype}"] = told
+        bench.note(figures)
         _hold(told, precise if dtype == "float32" else rounded, f"{attention} {layout} {dtype}: ", figures)
         del learner
     return figures
@@ -195,6 +196,7 @@ def chunked_logprobs(bench: Bench) -> Figures:
         synchronize(bench)
         figures[f"seconds_{name}"] = round(time.perf_counter() - began, 4)
         figures[f"peak_gib_{name}"] = peak_gib(bench)
+        bench.note(figures)
         del hidden, weight
     if bench.device == "cuda" and not figures["peak_gib_2^28"] < 0.7 * figures["peak_gib_whole"]:
         raise Failed("chunks take no less memory than the whole head", figures)
@@ -258,7 +260,11 @@ def speed(name: str) -> Function:
         config = shape(bench, name)
         given = samples(TINIEST if bench.tiny else LARGE, config["vocab_size"])
         tried = kinds(bench, name)
-        return judged(tried, {kind.name: _timed(bench, config, kind, given) for kind in tried}, bench.card)
+        found: dict[str, Figures] = {}
+        for kind in tried:
+            found[kind.name] = _timed(bench, config, kind, given)
+            bench.note({"kinds": found})
+        return judged(tried, found, bench.card)
 
     return check
 

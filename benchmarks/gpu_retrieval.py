@@ -65,6 +65,7 @@ def faiss_gpu(bench: Bench) -> Figures:
         )
         name = config.index
         figures |= {f"{name}_shared": shared, f"{name}_cpu_qps": cpu_qps, f"{name}_gpu_qps": gpu_qps}
+        bench.note(figures)
         same = all(
             (a.rows_K == b.rows_K).all() and (a.scores_K == b.scores_K).all()
             for a, b in zip(expected, found, strict=True)

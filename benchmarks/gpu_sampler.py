@@ -43,9 +43,11 @@ def vllm_logprobs(bench: Bench) -> Figures:
             made, seconds = asyncio.run(_generate(folder, prompts, answer, bench, eager=eager))
             sampled = sampled or made
             figures[f"{'eager' if eager else 'compiled'}_tokens_per_s"] = round(requests * answer / seconds, 1)
+            bench.note(figures)
         for dtype in ("float32", "bfloat16")[: 1 if bench.tiny else 2]:
             apart = abs(_again(bench, folder, prompts, sampled, dtype) - np.concatenate([g.logprobs for g in sampled]))
             figures |= {f"{dtype}_mean": float(apart.mean()), f"{dtype}_max": float(apart.max())}
+            bench.note(figures)
     most = 2e-4 if bench.tiny else 0.03
     worst = max(v for k, v in figures.items() if k.endswith("_mean"))
     if not worst <= most:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.simulation_parts import EPS, Episode, Outcome, Step, System, Turn, Workload
+from benchmarks.simulation_parts import Episode, Outcome, Step, System, Turn, Workload
 from benchmarks.simulation_servers import Engine, Request, Servers
 from cluster.ledger import Ledger
 
@@ -142,7 +142,7 @@ class Run:
         made.paced = self._integrals["paced"] / self.now
         made.sampled_tokens = sum(e.made_tokens for e in self.engines)
         busy = sum(e.busy_s for e in self.engines)
-        made.batch_mean = sum(e.sequence_s for e in self.engines) / max(EPS, busy)
+        made.batch_mean = sum(e.sequence_s for e in self.engines) / max(1e-9, busy)
         made.busy = {
             "engines": busy / (len(self.engines) * self.now), "learner": self._learner_busy_s / self.now,
             "publish": self._publish_s / self.now, "judges": self._judges.share(self.now), "tools": self._tools.share(self.now),

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-EPS = 1e-9
-
 
 @dataclass(frozen=True)
 class Turn:
@@ -46,11 +44,6 @@ class EngineModel:
     def step(self, sequences: int, context: float) -> float:
         """Seconds of one step."""
         return self.step_s + self.per_sequence_s * sequences + self.per_context_s * context
-
-    @property
-    def most_tokens_per_s(self) -> float:
-        """No load of short contexts is served faster."""
-        return max(n / max(EPS, self.step(n, 0.0)) for n in (1, self.max_sequences))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from cluster.judges import place as place_judges
 from cluster.layout import learner_place, node_gone, one_node
 from cluster.model import resolve
 from cluster.nodecache import at_hand, furnish, is_place, ship, unpack
-from cluster.placement import RolePlacement, Seats, demands, labelled, reserve, unlabelled
+from cluster.placement import RolePlacement, Seats, counted, demands, labelled, reserve, unlabelled
 from cluster.retrieval_actors import LASTING, arrange, num_shards
 from cluster.rollout import Play, RolloutWorker
 from cluster.runtime import actor, joined_address, sealed
@@ -98,11 +98,13 @@ class Actors:
             for i, handle in enumerate(place_judges(judge, self._seats.of("judge"), judge_source))
         }
         state = str(Path(segments) / "published.json") if segments else ""
-        # Engines that need not be there yet would queue for the learner's room, so theirs is asked for when it has published.
+        # Engines that need not be there yet would queue for the learner's room, so theirs is asked for when it has it.
         elastic = bool(segments) and self._seats.more("sampler")
         seated = self._seats.of("sampler") if elastic else self._seats.all("sampler")
         self.fleet = actor(Fleet, **LASTING, **here).remote(config.fleet, engine, state, seated)
         self._seated = Poll(self.fleet.seated.remote) if elastic else None
+        self._learner_room: Any = None
+        """The placement group of the learner that came last."""
         starting = self.fleet.start.remote()  # takes longest, so the others come up meanwhile
         for name, handle in self._leans_on.items():
             self.up(f"retrieval's {name}", handle.ready.remote())
@@ -158,8 +160,7 @@ class Actors:
     def tend(self) -> list[str]:
         """Looks after everybody; returns lines for the log. Raises UserError when somebody dies too often, or it cannot go on."""
         self._look_for_shared()
-        self._grow()
-        return [*self.watchdog.look(), *(self._events.take() or ())]
+        return [*self._grow(), *self.watchdog.look(), *(self._events.take() or ())]
 
     def _look_for_shared(self) -> None:
         """Learners are bound to the node whose GPUs they share, and would wait for it without end. Raises UserError."""
@@ -170,11 +171,21 @@ class Actors:
             if nodes.given_up(node):
                 raise UserError(node_gone(self._config, node))
 
-    def _grow(self) -> None:
-        """Engines beyond `fleet.min_engines`, where a learner has its room; also for a fleet that Ray has started again."""
-        published, known = (self._seated.take() if self._seated else None) or (False, 0)
-        if published and known < self._config.fleet.num_engines:
-            self.fleet.grow.remote(self._seats.all("sampler"))
+    def _grow(self) -> list[str]:
+        """Engines beyond `fleet.min_engines`, while a learner has its room; also for a fleet that Ray has started again."""
+        room, known = (self._seated.take() if self._seated else None) or (None, self._config.fleet.num_engines)
+        self._learner_room = room or self._learner_room  # such a fleet knows it no more
+        if self._learner_room is None or known >= self._config.fleet.num_engines:
+            return []
+        seats, given_back = self._seats.come("sampler", self._learner_room)
+        if len(seats) > known:
+            self.fleet.grow.remote(seats)
+        if not given_back:
+            return []
+        waiting = counted(given_back, "samplers")
+        return [
+            f"the learner's room is free: none is asked for {waiting} that wait for some, until a learner has it again"
+        ]
 
     def load(self) -> dict[str, float]:
         """How busy the engines were since the last answer, and what retrieval and the judge have to tell. Never waits."""

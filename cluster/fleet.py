@@ -33,13 +33,13 @@ from cluster.fleet_config import FleetConfig as FleetConfig
 from cluster.membership import Place, StaleEpoch
 from cluster.nodecache import UNPACK_S, is_place, unpack
 from cluster.placement import Seat
-from cluster.publishing import Facts, Meeting, Peer, Publishing
+from cluster.publishing import START_SLACK_S, Facts, Meeting, Peer, Publishing, deadlines
 from cluster.sampler import Client, Sampler
 from cluster.turns import FleetTurns
 from cluster.vllm.engine import EngineConfig
 from cluster.vllm.preflight import EngineError
 from cluster.vllm.segment import Manifest
-from cluster.vllm.transfer import Deadlines, Phase, PublishReport
+from cluster.vllm.transfer import Phase, PublishReport
 from cluster.watchdog import Pulse, Tally, Waits, pulse_of
 
 _ROOM_S = 1.0
@@ -99,9 +99,10 @@ class Fleet:
         self._routes: dict[str, str] = {}
         self._owners: dict[str, str] = {}
         self._weights = Publishing(
-            config.transport, config.bucket_mb << 20, self._deadlines(), engine.version, self._state,
+            config.transport, config.bucket_mb << 20, deadlines(config), engine.version, self._state,
             adapters=engine.lora_rank > 0,
         )  # fmt: skip
+        self._learner_room: Any = None
         self._names = itertools.count()
         self._prefix = "sampler-"
         self._began = False
@@ -135,12 +136,16 @@ class Fleet:
             self._background(self._replace(seat))
         return {e.name: e.pids for e in fresh}
 
-    async def seated(self) -> tuple[bool, int]:
-        """Whether a learner has published, so that it has its room; and how many seats are known here."""
-        return self._weights.rounds > 0, len(self._seats)
+    async def learner_sits(self, room: Any) -> None:
+        """From a learner that begins: the placement group it is in."""
+        self._learner_room = room
+
+    async def seated(self) -> tuple[Any, int]:
+        """The placement group of the learner that came last, None before the first publish; and how many seats are known here."""
+        return self._learner_room if self._weights.rounds else None, len(self._seats)
 
     async def grow(self, seats: Sequence[Seat]) -> None:
-        """All seats there are: an engine starts on each that is not known yet, as soon as the cluster has room for it."""
+        """All seats there are, in the order they came: an engine starts on each that is not known yet."""
         for seat in seats[len(self._seats) :]:
             self._seats.append(seat)
             self._background(self._replace(seat))
@@ -240,7 +245,7 @@ class Fleet:
     async def sleep(self) -> None:
         """The learner's turn: returns when every engine has given its memory back. One that does not is fenced, which ends it."""
         with contextlib.suppress(TimeoutError):  # whoever starts for longer waits for a node, and holds no memory
-            async with asyncio.timeout(self._engine_config.start_timeout_s + 120):
+            async with asyncio.timeout(self._engine_config.start_timeout_s + START_SLACK_S):
                 await self._turns.to_learner()
         async with self._membership:
             await self._all("sleep", [e for e in self._engines.values() if e.pids])
@@ -478,9 +483,10 @@ class Fleet:
         return {e.name: self._peer(e) for e in self._engines.values() if e.facts is not None}
 
     def _take_stock(self, report: PublishReport, last: bool) -> bool:
-        """After a publish: who has the weights may be routed to, who failed is fenced. In a collective others fail with it; they are kept,
-        unless this was the `last` try, and the answer is then True: it is worth another."""
-        again = False
+        """After a publish: who has the weights may be routed to, who failed is fenced. In a collective others fail with it; they are kept, and
+        the answer is True: it is worth another try. After the `last` one those that failed by no fault of theirs wait for the next publish,
+        as long as somebody else can be blamed: else what never works would be tried without end."""
+        again, blamed = False, any(not r.ok and r.own_fault for r in report.results.values())
         for name, result in report.results.items():
             engine = self._engines.get(name)
             if engine is None:  # fenced meanwhile
@@ -490,6 +496,9 @@ class Fleet:
             elif not last and (result.serving == "held" or (result.serving == "old" and not result.own_fault)):
                 engine.live = engine.live and result.serving == "old"
                 again = True
+            elif last and blamed and not result.own_fault and result.serving in ("held", "old"):
+                engine.live = False
+                self._events.append(f"{name} waits for the next weights: {result.reason}{self._strength()}")
             else:
                 self._fence(engine, f"publish {report.version} failed in {result.failed_phase}: {result.reason}")
         return again
@@ -536,7 +545,3 @@ class Fleet:
         for seat in self._seats:
             self._background(self._replace(seat))
         self._watch = asyncio.create_task(self._watch_health())
-
-    def _deadlines(self) -> Deadlines:
-        limit = self._config.publish_deadline_s
-        return Deadlines(init_s=limit, stage_s=limit, update_s=limit, finish_s=limit)

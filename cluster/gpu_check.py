@@ -6,6 +6,7 @@ Each check is passed, failed or not run, and the last two say why in a line. Inv
 - Standard library only, here; so it starts on a bare image with torch alone, and what is missing there is a reason, not an error.
 - Nothing is claimed that did not run: without a GPU every check says so. A rehearsal (`--cpu`) runs the code of the checks at tiny sizes on
   the CPU, marks its JSON as one, and proves nothing about a GPU. `NEVER_RUN` lists what no committed result covers.
+- What a check has noted (`Bench.note`) is told however it ends: a time limit takes the rest, not the figures.
 - The checks themselves are in `benchmarks/gpu_*.py`, each file a program for its own ones.
 """
 
@@ -155,6 +156,8 @@ class Bench:
     """`cuda` or `cpu`."""
     card: str = ""
     """The GPU's name; empty on CPU."""
+    note: Callable[[Mapping[str, Any]], None] = field(default=lambda figures: None, compare=False)
+    """Takes all figures so far, in place of those before: of a check with several parts after each of them."""
 
     @property
     def tiny(self) -> bool:
@@ -320,10 +323,9 @@ def _start(check: Check, facts: Facts, *, cpu: bool) -> Result:
         command += ["--device", bench.device, "--card", bench.card, "--out", str(out), "--tied"]
         ended = _watched(command, Path(folder) / "log", check.limit_s)
         seconds = round(time.monotonic() - began, 1)
-        if out.is_file():
-            told = json.loads(out.read_text(encoding="utf-8"))
-            return Result(check.name, check.asks, told["status"], told["why"], seconds, told["figures"])
-    return Result(check.name, check.asks, FAILED, ended or "it ended without an answer", seconds)
+        told = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"figures": {}}
+    status, why = (told["status"], told["why"]) if "status" in told else (FAILED, ended or "it ended without an answer")
+    return Result(check.name, check.asks, status, why, seconds, told["figures"])
 
 
 def answer(functions: Mapping[str, Function], argv: Sequence[str]) -> int:
@@ -331,18 +333,24 @@ def answer(functions: Mapping[str, Function], argv: Sequence[str]) -> int:
     args = _arguments(functions, argv)
     if args.tied:
         threading.Thread(target=_end_with_parent, name="tied", daemon=True).start()
-    status, why, figures = PASSED, "", {}
+    out = Path(args.out)
+    status, why, figures = PASSED, "", dict[str, Any]()
+
+    def note(noted: Mapping[str, Any]) -> None:
+        nonlocal figures
+        figures = dict(noted)
+        write({"figures": figures}, out)  # without a status: no answer yet
+
     try:
-        figures = functions[args.one](Bench(args.device, args.card))
+        figures = functions[args.one](Bench(args.device, args.card, note))
     except Failed as error:
-        status, why, figures = FAILED, str(error), error.figures
+        status, why, figures = FAILED, str(error), error.figures or figures
     except NotRun as error:
-        status, why, figures = NOT_RUN, str(error), error.figures
+        status, why, figures = NOT_RUN, str(error), error.figures or figures
     except Exception as error:  # what breaks a check is its answer
         status, why = FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         traceback.print_exc()
-    content = {"status": status, "why": why, "figures": figures}
-    write(content, Path(args.out))
+    write({"status": status, "why": why, "figures": figures}, out)
     return 0
 
 

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agents.learning.config import CriticConfig, LearnerConfig, LoraConfig
 from cluster.errors import UserError, is_expected, one_line
@@ -28,10 +28,14 @@ from cluster.placement import RolePlacement
 from cluster.runtime import environment
 from cluster.storage import ObjectStore, sees_token
 from cluster.turns import Belongings, LearnerTurns, find_device
-from cluster.watchdog import Tally
+from cluster.watchdog import Tally, WatchConfig
+
+if TYPE_CHECKING:
+    from cluster.fleet_config import FleetConfig
+    from cluster.vllm.engine import EngineConfig
 
 CALL_S = 900.0
-"""Deadline of a call to the buffer or the fleet; they have shorter ones of their own, so this one means that they are gone."""
+"""Deadline of a call to the buffer or the fleet that moves no weights: later than that it is gone. Of others: `call_s`."""
 
 
 @dataclass
@@ -114,6 +118,25 @@ class Setup:
     """Where the run is copied to, checkpoints as soon as they are whole; empty where its folder is one that all nodes see."""
     token: str = ""
     """By which a node that joined later knows the folder of checkpoints; empty: it is not asked for."""
+    call_s: float = CALL_S
+    """Deadline of a call to the fleet that moves weights, or waits for engines."""
+
+
+def call_s(fleet: FleetConfig, engine: EngineConfig) -> float:
+    """What a fleet within its own deadlines may take for one call: a publish, or a turn's beginning, behind an engine that is being brought
+    the weights."""
+    from cluster.publishing import START_SLACK_S, deadlines, longest_s
+
+    publish = longest_s(deadlines(fleet))
+    sleep = engine.start_timeout_s + START_SLACK_S + fleet.publish_deadline_s
+    return max(CALL_S, publish + max(publish, sleep))
+
+
+def patient(watch: WatchConfig, fleet: FleetConfig) -> WatchConfig:
+    """With `learner_s` no shorter than a publish may take: a learner that waits for slow engines is not stuck."""
+    from cluster.publishing import deadlines, longest_s
+
+    return replace(watch, learner_s=max(watch.learner_s, longest_s(deadlines(fleet))))
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -153,9 +176,11 @@ def _train(setup: Setup) -> None:
         device,
         rank=rank,
         offload=bool(setup.turns and setup.turns.offload),
-        ask=_ask,
+        ask=(ask := partial(_ask, limit_s=setup.call_s)),
     )
     incarnation, folder = _begin(setup, rank, world)
+    if rank == 0 and setup.fleet is not None:
+        _ask(setup.fleet.learner_sits.remote(ray.util.get_current_placement_group()))
     turns.learn()  # engines leave before anything is loaded
     load = load_sharded if world > 1 else load_model  # of several ranks none holds a whole model, at no time
     model = load(setup.model, setup.learner, device)
@@ -181,7 +206,7 @@ def _train(setup: Setup) -> None:
         writer = AdapterWriter(
             setup.segments, peft_config(setup.learner.lora, setup.model), prefix=f"weights-{incarnation}"
         )
-    publisher = Publisher(setup, incarnation, _ask, rank, world, device, writer)
+    publisher = Publisher(setup, incarnation, ask, rank, world, device, writer)
     turns.before_publish()
     publish_s = publisher.publish(outgoing, step)  # also at the very start: it proves the way to every engine
     turns.sample()
@@ -333,10 +358,10 @@ def _fetch(setup: Setup, incarnation: int, step: int, world: int, shared: bool, 
     return _ask(setup.buffer.next_batch.remote(incarnation, step, world, shared=shared, ranks=ranks))
 
 
-def _ask(reference: Any) -> Any:
+def _ask(reference: Any, limit_s: float = CALL_S) -> Any:
     import ray
 
-    return ray.get(reference, timeout=CALL_S)
+    return ray.get(reference, timeout=limit_s)
 
 
 class LearnerRun:

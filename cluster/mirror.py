@@ -2,14 +2,16 @@
 
 An object store knows no appending, so files are copied whole when they have changed; every `EVERY_S`, and at the end. Checkpoints go up
 by themselves, each as soon as it is whole (`push_checkpoint`), from the node of the learner that wrote it. Invariants: what is in the store
-is at most `EVERY_S` behind, and any state of it can be gone on from, since a ledger and a checkpoint need not be of the same moment; a copy
-on this machine that is not what was copied last is replaced by the store's, since the run went on elsewhere.
+is at most `EVERY_S` behind, and any state of it can be gone on from, since a ledger and a checkpoint need not be of the same moment, and a
+file there stays what it was until the next is whole; a copy on this machine that is not what was copied last is replaced by the store's, since
+the run went on elsewhere; a store that fails never hides why a run ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import shutil
 import stat
@@ -33,7 +35,8 @@ _NOT_COPIED = (f"{CHECKPOINTS}/", "index/", "ray_train/", MARK)
 
 @contextlib.contextmanager
 def mirrored(folder: Path, uri: str, *, every_s: float = EVERY_S) -> Iterator[None]:
-    """Copies a run's folder to `uri` while the block runs, and once more at its end."""
+    """Copies a run's folder to `uri` while the block runs, and once more at its end. Raises UserError if that one fails, unless the block did:
+    then it is a line beside the block's own error."""
     mirror = Mirror(folder, uri)
     mirror.push()
     over = threading.Event()
@@ -47,12 +50,21 @@ def mirrored(folder: Path, uri: str, *, every_s: float = EVERY_S) -> Iterator[No
 
     thread = threading.Thread(target=follow, name="gumshoe-mirror", daemon=True)
     thread.start()
+    failed = True
     try:
         yield
+        failed = False
     finally:
         over.set()
         thread.join()
-        mirror.push()
+        try:
+            mirror.push()
+        except Exception as error:
+            if not failed:
+                raise
+            print(
+                f"gumshoe: {one_line(error)}; the copy at {uri} lacks the end of this run", file=sys.stderr, flush=True
+            )
 
 
 class Mirror:
@@ -65,32 +77,37 @@ class Mirror:
         self._copied: dict[str, tuple[int, int]] = {}
 
     def push(self) -> int:
-        """Copies what has changed since the last time; returns how many files. Raises UserError when the store does not take them."""
+        """Copies what has changed since the last time; returns how many files. Raises UserError when the store does not take them. What
+        vanishes meanwhile was a draft."""
         found = self._files()
         changed = [n for n, s in found.items() if self._copied.get(n) != s]
         if not changed:
             return 0
         mark = json.dumps({"copy": secrets.token_hex(8)}).encode()
-        self._store.upload(self._folder, self._name, changed)
+        sent: dict[str, tuple[int, int]] = {}
+        for name in changed:
+            with contextlib.suppress(FileNotFoundError):
+                self._store.upload(self._folder, self._name, [name], replacing=True)
+                sent[name] = found[name]
         self._store.write(f"{self._name}/{MARK}", mark)
         (self._folder / MARK).write_bytes(mark)
-        self._copied |= {n: found[n] for n in changed}
-        return len(changed)
+        self._copied |= sent
+        return len(sent)
 
     def _files(self) -> dict[str, tuple[int, int]]:
-        """Size and time of what is to be copied, by name. A file that vanishes meanwhile was a draft."""
+        """Size and time of what is to be copied, by name."""
         found: dict[str, tuple[int, int]] = {}
         for part in sorted(self._folder.iterdir()):
-            for path in (part, *sorted(part.rglob("*"))) if part.is_dir() else (part,):
-                name = path.relative_to(self._folder).as_posix()
-                if name.startswith(_NOT_COPIED) or f"{name}/".startswith(_NOT_COPIED):
-                    break  # nor anything below it
+            if f"{part.name}/".startswith(_NOT_COPIED):
+                continue  # nor is it looked into: checkpoints go while somebody looks
+            paths = [Path(at, n) for at, _, names in os.walk(part) for n in names] if part.is_dir() else [part]
+            for path in sorted(paths):
                 if path.name.startswith(".part-"):
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     about = path.stat()
                     if stat.S_ISREG(about.st_mode):
-                        found[name] = (about.st_size, about.st_mtime_ns)
+                        found[path.relative_to(self._folder).as_posix()] = (about.st_size, about.st_mtime_ns)
         return found
 
 

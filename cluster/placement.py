@@ -173,6 +173,8 @@ class Seats:
         self._groups: dict[str, list[Any]] = {}
         self._later: dict[str, Demand] = {}
         """Demands of which more may come than must be there when the run begins."""
+        self._queue: dict[str, list[Seat]] = {}
+        """Seats that were asked for on condition, and are not counted yet."""
 
     def of(self, name: str) -> list[Seat]:
         """Those of one demand; empty where it asks for nothing."""
@@ -180,15 +182,12 @@ class Seats:
 
     def release(self, name: str) -> None:
         """Gives them back, for whoever asks next."""
-        from ray.util import remove_placement_group
-
         self._seats.pop(name, None)
-        for group in self._groups.pop(name, []):
-            with contextlib.suppress(Exception):
-                remove_placement_group(group)
+        for group in [*self._groups.pop(name, []), *(seat.group for seat in self._queue.pop(name, []))]:
+            _remove(group)
 
     def close(self) -> None:
-        for name in list(self._groups):
+        for name in dict.fromkeys([*self._groups, *self._queue]):
             self.release(name)
 
     def ask(self, demand: Demand) -> list[Any]:
@@ -209,14 +208,51 @@ class Seats:
                 self._ask(demand, 1, "PACK")
         return self.of(name)
 
-    def _ask(self, demand: Demand, count: int, strategy: str) -> Any:
-        from ray.util import placement_group
+    def come(self, name: str, beside: Any) -> tuple[list[Seat], int]:
+        """The seats there are, in the order they came, while others are asked for one by one, where the group `beside` has its room; and how
+        many of those were given back because it has it no more. What is free then may be the room it has just left."""
+        demand, queue = self._later[name], self._queue.setdefault(name, [])
+        come = [seat for seat in queue if seat.node()]
+        if not placed(beside):  # looked at last: who took its room came after it had left
+            for seat in queue:
+                _remove(seat.group)
+            given_back = len(queue)
+            queue.clear()
+            return self.of(name), given_back
+        for seat in come:
+            queue.remove(seat)
+            self._groups.setdefault(name, []).append(seat.group)
+            self._seats.setdefault(name, []).append(seat)
+        for _ in range(demand.count - len(self.of(name)) - len(queue)):
+            queue.append(Seat(_request(demand, 1, "PACK"), 0, dict(demand.each)))
+        return self.of(name), 0
 
-        labels = [dict(demand.where.labels)] * count if demand.where.labels else None
-        made = placement_group([dict(demand.each)] * count, strategy.upper(), bundle_label_selector=labels)
+    def _ask(self, demand: Demand, count: int, strategy: str) -> Any:
+        made = _request(demand, count, strategy)
         self._groups.setdefault(demand.name, []).append(made)
         self._seats.setdefault(demand.name, []).extend(Seat(made, i, dict(demand.each)) for i in range(count))
         return made
+
+
+def _request(demand: Demand, count: int, strategy: str) -> Any:
+    from ray.util import placement_group
+
+    labels = [dict(demand.where.labels)] * count if demand.where.labels else None
+    return placement_group([dict(demand.each)] * count, strategy.upper(), bundle_label_selector=labels)
+
+
+def _remove(group: Any) -> None:
+    from ray.util import remove_placement_group
+
+    with contextlib.suppress(Exception):
+        remove_placement_group(group)
+
+
+def placed(group: Any) -> bool:
+    """Whether a placement group has all its room."""
+    import ray
+
+    return str(ray.util.placement_group_table(group).get("state", "")) == "CREATED"
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 
 from agents.types import Version
 from cluster.errors import Fenced, one_line
+from cluster.fleet_config import FleetConfig
 from cluster.membership import SEGMENTS, Member, Membership, Place, StaleEpoch, choose, choose_for_adapters
 from cluster.vllm.handshake import Chunks, Collective, Exchange, Guest
 from cluster.vllm.transfer import (
@@ -34,8 +35,22 @@ from cluster.vllm.transfer import (
 
 _WITHIN = 0.8
 """Share of a phase's deadline after which a worker gives a wait up by itself, so that it still answers."""
+START_SLACK_S = 120.0
+"""Beyond an engine's time to start, after which a learner's turn no longer waits for it."""
 _POLL_S = 0.01
 _BESIDE = Place()
+
+
+def deadlines(config: FleetConfig) -> Deadlines:
+    """Of the phases of a publish."""
+    limit = config.publish_deadline_s
+    return Deadlines(init_s=limit, stage_s=limit, update_s=limit, finish_s=limit)
+
+
+def longest_s(limits: Deadlines) -> float:
+    """Seconds that one publish may take within its deadlines: a segment's way to other nodes, all phases, and the way back of an engine
+    that fails."""
+    return limits.stage_s + sum(limits.of(phase) for phase in Phase) + limits.start_s + limits.resume_s
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class Publishing:
         """`adapters`: they alone are published, which are files in shared memory."""
         self.version = version
         self.checksum: str | None = None
-        """Of what was published last; None: nothing was."""
+        """Of what an engine took last; None: none did."""
         self.rounds = 0
         """Publishes so far: who waits for weights looks at it."""
         self._asked = transport
@@ -96,6 +111,8 @@ class Publishing:
         self._membership = Membership()
         self._learner = Place()
         self._kind = "shm"
+        self._begun = False
+        """Whether a publish was ever begun: from then on no engine may sample from the checkpoint it was started with."""
         self._manifest: Manifest | None = None
         self._parcel: Sequence[Any] = ()
         self._exchange: Exchange | None = None
@@ -112,6 +129,7 @@ class Publishing:
         self._manifest = Manifest.from_dict(saved["manifest"]) if saved["manifest"] else None
         self._membership = Membership(saved["epoch"])
         self._kind, self._learner = saved["kind"], Place(saved["node"])
+        self._begun = True  # it is written when one begins
         return True
 
     def meet(self, sender: str, learner: Place, peers: Mapping[str, Peer]) -> Meeting:
@@ -162,6 +180,7 @@ class Publishing:
         if [member.name for member in epoch.members] != list(peers):
             self._membership.disband()
             raise StaleEpoch(f"membership epoch {number} is over: the engines are no longer those that met")
+        self._manifest, self._parcel = None, ()  # a segment would be of weights before these
         self._keep()
         exchange = Exchange()
         transport: Chunks | Collective
@@ -173,18 +192,18 @@ class Publishing:
         self._exchange, self._ticket = exchange, ticket
         clients: dict[str, Any] = {name: Guest(peer.client, exchange) for name, peer in peers.items()}
         report = await publish(clients, transport, version, self._limits)
-        if report.ok:
-            self._manifest, self._parcel, self.checksum = None, (), exchange.checksum
+        if any(result.ok for result in report.results.values()):  # others may have failed after the data had come
+            self.checksum = exchange.checksum
             self._keep()
-        else:
+        if not report.ok:
             self._membership.disband()
         self.rounds += 1
         return report
 
     async def bring(self, name: str, peer: Peer) -> EngineResult | None:
-        """What was published last, into an engine that came up. None when nothing was published yet. It fails at INIT or STAGE where
+        """What was published last, into an engine that came up. None when no publish was begun yet. It fails at INIT or STAGE where
         those weights cannot be had again, and the engine must wait for the next."""
-        if self.checksum is None:
+        if not self._begun:
             return None
         if self._manifest is None:
             return EngineResult(False, "old", Phase.INIT, reason="weights come to all engines together")
@@ -218,7 +237,7 @@ class Publishing:
     def _accept(self, version: str) -> None:
         if Version.parse(version).incarnation < Version.parse(self.version).incarnation:
             raise Fenced(f"weights {version} are of a learner that was replaced; published are {self.version}")
-        self.version = version
+        self.version, self._begun = version, True
 
     async def _pull(self, peers: Mapping[str, Peer]) -> PublishReport:
         """The segment into these engines; first onto their nodes where it is not."""

@@ -1,13 +1,14 @@
 """Storage: a folder that every node sees, or an object store behind a URI; and the proof that a folder is what it should be.
 
 `file://` and plain paths are folders. Any other URI (`s3://`, `gs://`, `hdfs://`, or what fsspec knows) is an object store, reached by
-`pyarrow.fs`: nothing is appended to there, files are copied whole. Invariants: a file that marks others as whole is copied last; what
-cannot be reached is one line that names the URI.
+`pyarrow.fs`: nothing is appended to there, files are copied whole. Invariants: a file that marks others as whole is copied last; one that is
+replaced stays what it was until the new one is whole; what cannot be reached is one line that names the URI.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,10 @@ from cluster.errors import UserError, one_line
 from cluster.nodes import Answer, Node, on_each
 
 CHUNK_BYTES = 8 << 20
+MOVABLE_BYTES = 5 << 30
+"""S3 moves a file by copying it, and copies no larger ones in one request."""
+_PART = ".part-"
+"""Before the name of a file that is being written."""
 _PROBE = ".gumshoe-probe-"
 TOKEN = ".gumshoe-token"
 """File of a run's folder by which a process on any node knows that it sees that folder, and not one of its own by the same name."""
@@ -49,13 +54,14 @@ class ObjectStore:
         self.filesystem, self.path = _opened(self.uri)
 
     def sizes(self, below: str = "") -> dict[str, int]:
-        """Bytes of every file below, by its name relative to `below`; empty when there is nothing."""
+        """Bytes of every file below, by its name relative to `below`, without what somebody is writing; empty when there is nothing."""
         from pyarrow import fs
 
         base = self._at(below)
         with self._trouble("list"):
             found = self.filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
-        return {i.path[len(base) :].lstrip("/"): int(i.size or 0) for i in found if i.type == fs.FileType.File}
+        files = (i for i in found if i.type == fs.FileType.File and not i.base_name.startswith(_PART))
+        return {i.path[len(base) :].lstrip("/"): int(i.size or 0) for i in files}
 
     def read(self, name: str) -> bytes | None:
         """A small file's content; None where there is none."""
@@ -67,21 +73,28 @@ class ObjectStore:
                 return None
 
     def write(self, name: str, content: bytes) -> None:
-        self._copy_in(name, iter([content]))
+        self._copy_in(name, iter([content]), beside=True)
 
-    def upload(self, folder: Path, below: str, names: Iterable[str], *, last: str = "") -> None:
-        """Copies files of a folder; the one named `last` when all others are there."""
+    def upload(
+        self, folder: Path, below: str, names: Iterable[str], *, last: str = "", replacing: bool = False
+    ) -> None:
+        """Copies files of a folder; the one named `last` when all others are there.
+
+        `replacing`: nothing marks them as whole, so each is, or is what it was before; else only `last` is. Of files that are larger than
+        `MOVABLE_BYTES` this is not promised. Raises FileNotFoundError for a name that is not in the folder.
+        """
         ordered = sorted(names, key=lambda n: (n == last, n))
         for name in ordered:
             with open(folder / name, "rb") as file:
-                self._copy_in(f"{below}/{name}", iter(lambda: file.read(CHUNK_BYTES), b""))
+                beside = (replacing or name == last) and os.fstat(file.fileno()).st_size <= MOVABLE_BYTES
+                self._copy_in(f"{below}/{name}", iter(lambda: file.read(CHUNK_BYTES), b""), beside=beside)
 
     def download(self, below: str, folder: Path, names: Iterable[str]) -> None:
         """Copies files into a folder, each of them whole or not at all."""
         for name in names:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            part = target.with_name(f".part-{target.name}")
+            part = target.with_name(f"{_PART}{target.name}")
             with (
                 self._trouble("read"),
                 self.filesystem.open_input_stream(self._at(f"{below}/{name}")) as source,
@@ -106,20 +119,31 @@ class ObjectStore:
         if found != token:
             raise UserError(f"{self.uri} does not give back what was written to it; choose another storage_path")
 
-    def _copy_in(self, name: str, chunks: Iterator[bytes]) -> None:
+    def _copy_in(self, name: str, chunks: Iterator[bytes], *, beside: bool = False) -> None:
+        """`beside`: under another name first, since a stream that breaks off leaves what it had by then, or nothing: pyarrow cannot abort it."""
         target = self._at(name)
+        folder, _, last = target.rpartition("/")
+        written = f"{folder}/{_PART}{last}" if beside else target
         with self._trouble("write"):
-            self.filesystem.create_dir(
-                target.rpartition("/")[0], recursive=True
-            )  # an object store has none, and says nothing
+            self.filesystem.create_dir(folder, recursive=True)  # an object store has none, and says nothing
             try:
-                with self.filesystem.open_output_stream(target) as stream:
+                with self.filesystem.open_output_stream(written) as stream:
                     for chunk in chunks:
                         stream.write(chunk)
-            except BaseException:  # closing the stream has made a file of what was there by then
-                with contextlib.suppress(Exception):
-                    self.filesystem.delete_file(target)
+                if beside:
+                    self._move(written, target)
+            except BaseException:
+                if beside:
+                    with contextlib.suppress(Exception):
+                        self.filesystem.delete_file(written)
                 raise
+
+    def _move(self, source: str, target: str) -> None:
+        try:
+            self.filesystem.move(source, target)
+        except NotImplementedError:  # Azure without a hierarchical namespace
+            self.filesystem.copy_file(source, target)
+            self.filesystem.delete_file(source)
 
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}".rstrip("/") if name else self.path
@@ -181,7 +205,7 @@ def prove_shared(folder: Path, nodes: Sequence[Node], ask: Callable[..., list[An
 def leave_token(folder: Path) -> str:
     """A new token in a folder, for `sees_token` on nodes that join later."""
     token = secrets.token_hex(16)
-    part = folder / f".part-{TOKEN}"
+    part = folder / f"{_PART}{TOKEN}"
     part.write_text(token, encoding="utf-8")
     part.replace(folder / TOKEN)
     return token

@@ -18,7 +18,7 @@ from cluster.buffer import BufferSetup
 from cluster.evaluate import Evaluation, success
 from cluster.journal import close_books
 from cluster.layout import arranged, turns_of
-from cluster.learner import LearnerRun, Setup, TrainConfig
+from cluster.learner import LearnerRun, Setup, TrainConfig, call_s, patient
 from cluster.model import prepare_model
 from cluster.preflight import needs, preflight
 from cluster.rundir import RunFolder, open_run, segment_dir, write_tasks, write_trajectories
@@ -76,7 +76,7 @@ def run(config: RunConfig) -> dict[str, Any]:
             learner = LearnerRun(
                 Setup(
                     actors.model, config.train, config.learner, actors.buffer, actors.fleet, segments, str(folder.checkpoints), turns_of(config),
-                    actors.learner_place, folder.uri, folder.token,
+                    actors.learner_place, folder.uri, folder.token, call_s(config.fleet, config.engine),
                 ),
                 run_dir,
             )  # fmt: skip
@@ -84,7 +84,7 @@ def run(config: RunConfig) -> dict[str, Any]:
                 actors,
                 learner,
                 teller,
-                config.watch,
+                patient(config.watch, config.fleet),
                 config.train.batch_timeout_s,
                 load=actors.load,
                 evaluation=evaluation,

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 KEPT = 1000
 """Turns of the learner that are remembered."""
+SEATED_S = 60.0
+"""How long a learner waits until each engine of its node is there: what ended it may have ended one of them, which is being replaced."""
+_LOOK_S = 1.0
 
 
 class FleetTurns:
@@ -217,11 +220,11 @@ def find_device(fleet: Any, context: Any, ask: Callable[[Any], Any]) -> torch.de
     import ray
     import torch
 
-    seats = ask(fleet.gpus.remote())
-    node = ray.get_runtime_context().get_node_id()
-    index = shared_device(
-        seats, node, context.get_local_rank(), context.get_local_world_size(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    )
+    node, num_local = ray.get_runtime_context().get_node_id(), context.get_local_world_size()
+    deadline = time.monotonic() + SEATED_S
+    while len((seats := ask(fleet.gpus.remote())).get(node, ())) != num_local and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+    index = shared_device(seats, node, context.get_local_rank(), num_local, os.environ.get("CUDA_VISIBLE_DEVICES"))
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

@@ -31,7 +31,8 @@ class WatchConfig:
     start_s: float = 900.0
     """How long an actor may take to come up: at the beginning, or the run ends; later, or it is killed and replaced."""
     learner_s: float = 1200.0
-    """A learner that holds a batch, or its weights back, for so long is killed, and starts again from the last checkpoint."""
+    """A learner that holds a batch, or its weights back, for so long is killed, and starts again from the last checkpoint. Never
+    before a publish is over by its deadlines (`fleet.publish_deadline_s`)."""
 
     def check(self) -> None:
         """Raises ValueError, one line, for a value outside its range."""

@@ -86,11 +86,6 @@ class Stacked(Mapping[str, Tensor]):
         return len(self._parts)
 
 
-def stack_experts(weights: Mapping[str, Any]) -> Stacked:
-    """Weights by their names in a checkpoint, as the model holds them."""
-    return Stacked(weights)
-
-
 def open_weights(folder: str | Path, stack: ExitStack, prefix: str = "") -> Stacked:
     """All weights in the safetensors files of a model directory, mapped; `stack` closes them. `prefix` goes before each name."""
     found: dict[str, Any] = {}

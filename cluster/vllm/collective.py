@@ -9,12 +9,14 @@ Invariants:
 - While a bucket is being sent the next one is being gathered, and while one is being loaded the next one is being
   received: two buckets are in memory at most on either side.
 - A group that failed once is closed; its peers see a closed connection, not silence.
+- A rank listens where the learner is reached from, whatever its machine's name resolves to (127.0.1.1 on a stock Debian).
 
 No vLLM here: the learner imports this file too.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import socket
@@ -110,13 +112,20 @@ class Group(Protocol):
 class GlooGroup:
     """A gloo group of its own, beside whatever `torch.distributed` has set up in this process."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, limit_s: float) -> None:
-        """Every rank calls it after the meeting. `limit_s`: of joining, and of each broadcast. Raises CollectiveError."""
+    def __init__(self, store: dist.Store, rank: int, world_size: int, limit_s: float, host: str) -> None:
+        """Every rank calls it after the meeting. `limit_s`: of joining, and of each broadcast. `host`: the meeting's, an address of rank 0.
+        Raises CollectiveError."""
+        meeting = dist.PrefixStore("gloo", store)
         try:
-            self._group: Any = dist.ProcessGroupGloo(
-                dist.PrefixStore("gloo", store), rank, world_size, timedelta(seconds=limit_s)
-            )
-        except RuntimeError as error:
+            if os.environ.get("GLOO_SOCKET_IFNAME"):  # who names an interface has it, as of torch's own groups
+                self._group: Any = dist.ProcessGroupGloo(meeting, rank, world_size, timedelta(seconds=limit_s))
+            else:
+                options = dist.ProcessGroupGloo._Options()
+                address = host if rank == 0 else _address_towards(host)
+                options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+                options._timeout, options._threads = timedelta(seconds=limit_s), 2
+                self._group = dist.ProcessGroupGloo(meeting, rank, world_size, options)
+        except (RuntimeError, OSError) as error:
             raise CollectiveError(f"rank {rank} of {world_size} could not connect: {_short(error)}") from error
         self._options = dist.BroadcastOptions()
         self._options.rootRank = 0
@@ -220,6 +229,14 @@ def receive(
     finally:
         receiver.shutdown(wait=False, cancel_futures=True)
     return digest.hexdigest()
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address on the way to another, which hears nothing of it."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 def _short(error: Exception) -> str:

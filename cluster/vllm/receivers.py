@@ -206,7 +206,7 @@ class _Gloo:
         self.shutdown()
         rank = info["rank_offset"] + worker_rank(self._loads.parallel)
         store = arrive(info, epoch, rank, info["limit_s"])
-        self._group = GlooGroup(store, rank, info["world_size"], info["limit_s"])
+        self._group = GlooGroup(store, rank, info["world_size"], info["limit_s"], info["host"])
         self._bucket_bytes = info["bucket_bytes"]
 
     def start(self) -> None:

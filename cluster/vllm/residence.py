@@ -58,14 +58,11 @@ class Residence:
             self.stay = Stay.READY
 
     def check_resume(self) -> bool:
-        """Whether a resume is to reach the scheduler now; False: it waits for the turn. Raises TurnError without whole weights."""
+        """Whether a resume is to reach the scheduler now; False: it waits for the turn, and there is something to wake. Raises TurnError
+        without whole weights."""
         if self.stay in (Stay.ASLEEP, Stay.MAPPED):
             raise TurnError(f"the engine is {self.stay}: its weights were given back, and none were loaded since")
         return self.awake
-
-    def check_wake(self) -> bool:
-        """Whether there is something to wake. Raises TurnError as `check_resume`."""
-        return not self.check_resume()
 
     def woke(self) -> None:
         self.stay = Stay.AWAKE

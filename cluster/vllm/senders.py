@@ -54,7 +54,7 @@ class GlooSender:
 
     def join(self, epoch: int, world_size: int, limit_s: float, over: Callable[[], bool]) -> None:
         store = self._rendezvous.gather(epoch, world_size, limit_s, over)
-        self._group = GlooGroup(store, 0, world_size, limit_s)
+        self._group = GlooGroup(store, 0, world_size, limit_s, self.endpoint["host"])
 
     def send(self, weights: Weights, layout: Layout, bucket_bytes: int, limit_s: float) -> Sent:
         if self._group is None:

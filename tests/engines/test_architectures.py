@@ -19,7 +19,7 @@ import torch
 from agents.learning.config import LearnerConfig
 from agents.learning.learner import Learner
 from agents.learning.model import load_model, named_weights_for_publish
-from agents.learning.weights import stack_experts
+from agents.learning.weights import Stacked
 from agents.types import Sample
 from cluster.config import ROOT, load_config
 from cluster.model import resolve
@@ -127,5 +127,5 @@ def test_published_names_are_those_of_the_checkpoint(architecture: str, tmp_path
     assert published.keys() == saved.keys() and all(torch.equal(published[name], saved[name]) for name in saved)
     tied = {"lm_head.weight"} if policy.hf.config.tie_word_embeddings else set()
     held = {name: weight for name, weight in policy.hf.named_parameters() if name not in tied}
-    again = stack_experts(published)
+    again = Stacked(published)
     assert again.keys() == held.keys() and all(torch.equal(again[name], held[name]) for name in held)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ class Worker:
             return
         self.rank, self._info = info["rank_offset"] + self.number, info
         store = arrive(info, info["epoch"], self.rank, info["limit_s"])
-        self.group = GlooGroup(store, self.rank, info["world_size"], info["limit_s"])
+        self.group = GlooGroup(store, self.rank, info["world_size"], info["limit_s"], info["host"])
 
     def update(self, info: dict[str, Any]) -> None:
         self.guard.check(info["epoch"])
@@ -301,6 +302,39 @@ def test_an_engine_that_dies_in_the_broadcast_costs_the_others_nothing_but_a_sec
     assert story.gathers == [18, 18]
 
 
+@pytest.mark.parametrize("phase", ["finish_weight_update", "set_version", "resume"])
+def test_an_engine_that_dies_with_the_weights_at_hand_leaves_the_others_with_weights_that_are_known(phase: str) -> None:
+    story = Story([Engine("a"), Engine("b", fails=phase)])
+    story.publish(1)  # and compares what the engines hold
+    assert story.live() == {"a"} and story.engines["a"].holds == 1.0
+    assert len(story.run(story.fleet.verify())) == 1, "a healthy engine was fenced for what another did"
+    brought = story.run(story.fleet._weights.bring("c", story.fleet._peers()["a"]))
+    assert brought is not None and not brought.ok, "whoever comes up samples from the checkpoint it was started with"
+
+
+class Sick(Engine):
+    """Takes every weight, cannot load them, and answers."""
+
+    async def _call(self, method: str, *args: Any) -> None:
+        await super()._call(method, *args)
+        if method == "update_weights":
+            raise RuntimeError("out of memory")
+
+
+def test_after_the_last_try_who_only_stood_by_is_not_started_again() -> None:
+    story = Story([Engine("a"), Sick("b")])
+    story.publish(1)
+    assert set(story.fleet._engines) == {"a"} and story.live() == set()
+    assert story.engines["a"].calls.count("update_weights") == 3
+    lines = story.run(story.fleet.events())
+    assert any("a waits for the next weights: another engine failed in update: out of memory" in x for x in lines), (
+        lines
+    )
+    assert story.run(story.fleet.starving()), "the learner would not publish again"
+    story.publish(2)
+    assert story.live() == {"a"} and story.engines["a"].holds == 2.0
+
+
 @pytest.mark.parametrize("phase", ["init_weight_transfer", "stage_weights", "pause", "start_weight_update"])
 def test_an_engine_that_fails_before_anything_was_sent_leaves_the_others_whole(phase: str) -> None:
     story = Story([Engine("a"), Engine("b", fails=phase)], limit_s=2.0)
@@ -519,6 +553,33 @@ def test_who_does_not_come_to_the_meeting_is_an_error_within_the_deadline() -> N
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("interface", ["", "lo"])
+def test_ranks_listen_where_they_met_and_not_where_the_machines_name_leads(
+    interface: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """127.0.0.2 is an address of this machine that no name has, as a node's is where its name is 127.0.1.1."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    meeting = Rendezvous("127.0.0.2")
+    sent, got = torch.arange(5, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)
+
+    def worker() -> None:
+        group = GlooGroup(arrive(meeting.endpoint, 1, 1, 5), 1, 2, 5, meeting.endpoint["host"])
+        group.broadcast(got)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(worker)
+        store = meeting.gather(1, 2, 5)
+        GlooGroup(store, 0, 2, 5, meeting.endpoint["host"]).broadcast(sent)
+        other.result(5)
+    assert torch.equal(sent, got)
+    told = [store.get(f"gloo/0/{rank}") for rank in (0, 1)]  # where each rank says that it listens
+    assert (
+        all(socket.inet_aton("127.0.0.1") in one for one in told)
+        if interface
+        else socket.inet_aton("127.0.0.2") in told[0]
+    )
+
+
 def test_the_next_bucket_is_gathered_while_one_is_being_sent() -> None:
     gathered, sent = threading.Event(), []
 
@@ -650,9 +711,10 @@ def test_engines_that_may_come_later_start_once_however_often_the_driver_says_so
     monkeypatch.setattr(Fleet, "_replace", replace)
     story = Story([Engine("a")])
     story.fleet._seats = ["first"]  # type: ignore[list-item]
-    assert story.run(story.fleet.seated()) == (False, 1), "no learner has published: it may wait for its room"
+    story.run(story.fleet.learner_sits("its group"))
+    assert story.run(story.fleet.seated()) == (None, 1), "no learner has published: it may be the first"
     for _ in range(2):
         story.run(story.fleet.grow(["first", "second", "third"]))
-    assert story.run(story.fleet.seated()) == (False, 3) and begun == ["second", "third"]
+    assert story.run(story.fleet.seated()) == (None, 3) and begun == ["second", "third"]
     story.publish(1)
-    assert story.run(story.fleet.seated())[0]
+    assert story.run(story.fleet.seated()) == ("its group", 3)

@@ -20,7 +20,8 @@ def test_an_engine_that_died_says_what_of(tmp_path: Path) -> None:
     engine = PolicyEngine(EngineConfig("nowhere"))
     engine._said = log.open()
     engine._said.readlines()
-    log.open("a").write(_LOG)
+    with log.open("a") as more:
+        more.write(_LOG)
     said = str(engine._translate(type("EngineDeadError", (Exception,), {})("gone"), "request"))
     assert said == "the engine's process has died: CPU Generator does not use offset"
     engine._said.close()

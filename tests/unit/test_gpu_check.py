@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,47 @@ def test_a_check_that_dies_or_hangs_ends_no_other(
         ("failed", why), ("not run", "no_such not installed here")
     ]  # fmt: skip
     assert not gpu_check.healthy(report)
+
+
+@pytest.mark.parametrize(
+    "then, limit_s, why",
+    [
+        ("time.sleep(60)", 20.0, "it was still running after 20 s"),
+        ("os.kill(os.getpid(), 9)", 30.0, "it ended with signal 9"),
+        ("raise RuntimeError('no kernel')", 30.0, "RuntimeError: no kernel"),
+    ],
+)
+def test_what_was_measured_is_told_however_a_check_ends(
+    then: str, limit_s: float, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "own.py").write_text(
+        "import os, sys, time\n"
+        "from cluster.gpu_check import answer\n"
+        "def own(bench):\n"
+        "    bench.note({'kinds': {'first': 1.0}})\n"
+        "    bench.note({'kinds': {'first': 1.0, 'second': 2.0}})\n"
+        f"    {then}\n"
+        "sys.exit(answer({'own': own}, sys.argv[1:]))\n"
+    )
+    if "sleep" in then:  # the limit strikes when all is noted, however slow the machine
+        wait = subprocess.Popen.wait
+
+        def noted(self: Any, timeout: float | None = None) -> int:
+            while (
+                timeout
+                and self.poll() is None
+                and "second" not in "".join(p.read_text() for p in tmp_path.rglob("result.json"))
+            ):
+                time.sleep(0.02)
+            return wait(self, timeout and 0.01)
+
+        monkeypatch.setattr(subprocess.Popen, "wait", noted)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    (told,) = run([Check("own", "own", "it works", (), limit_s)], cpu=True, facts=Facts())["checks"]
+    assert (told["status"], told["why"]) == ("failed", why)
+    assert told["figures"] == {"kinds": {"first": 1.0, "second": 2.0}}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -90,6 +90,15 @@ def test_only_a_full_memory_is_tolerated_and_a_step_that_is_skipped_breaks_a_kin
     assert gpu_learner._timed(Bench("cpu"), {}, kind, []) == why
 
 
+def test_a_size_notes_its_kinds_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_learner, "_timed", lambda bench, config, kind, given: told(len(kind.name), 0.5))
+    noted: list[list[str]] = []
+    bench = Bench("cpu", note=lambda figures: noted.append(list(figures["kinds"])))
+    figures = gpu_learner.speed("0.6b")(bench)
+    names = [kind.name for kind in gpu_learner.kinds(bench, "0.6b")]
+    assert noted == [names[: i + 1] for i in range(len(names))] and list(figures["kinds"]) == names
+
+
 @pytest.mark.parametrize("value", [math.nan, 0.011, -0.1])
 def test_a_figure_that_is_no_number_or_outside_its_bounds_fails(value: float) -> None:
     with pytest.raises(Failed, match="kl is"):

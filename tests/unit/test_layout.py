@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cluster import cli
+from cluster import turns as turns_module
 from cluster.actors import Actors
 from cluster.config import ROOT, load_config
 from cluster.errors import UserError
@@ -21,7 +22,7 @@ from cluster.layout import Turns, arranged, check_layout, moments, one_node, par
 from cluster.model import ModelShape
 from cluster.schema import RunConfig
 from cluster.sizes import host_gib, learner_of, needs, offloaded_gib
-from cluster.turns import Belongings, FleetTurns, LearnerTurns, shared_device
+from cluster.turns import Belongings, FleetTurns, LearnerTurns, find_device, shared_device
 from cluster.vllm.residence import Residence, Stay, TurnError
 
 QWEN_4B = ModelShape.of(json.loads((ROOT / "configs" / "shapes" / "qwen3_4b.json").read_text()))
@@ -206,23 +207,38 @@ def test_a_learner_finds_the_gpu_of_its_engine() -> None:
 # ------------------------------------------------------------------------------------------------------ turns
 
 
+def test_a_learner_waits_for_an_engine_that_is_being_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ended the learner may have ended the engine too; without end it waits for nobody."""
+    answers = [{"a": ["0"]}, {"b": ["1"]}, {"a": ["0", "1"]}]
+    fleet = SimpleNamespace(gpus=SimpleNamespace(remote=lambda: answers.pop(0)))
+    context = SimpleNamespace(get_local_rank=lambda: 1, get_local_world_size=lambda: 2)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "a"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(turns_module, "_LOOK_S", 0.0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert find_device(fleet, context, lambda answer: answer) == torch.device("cuda", 1) and not answers
+    monkeypatch.setattr(turns_module, "SEATED_S", 0.0)
+    answers.append({"a": ["0"]})
+    with pytest.raises(UserError, match="2 learners beside 1 such"):
+        find_device(fleet, context, lambda answer: answer)
+
+
 def test_an_engine_that_slept_samples_only_with_new_weights() -> None:
     engine = Residence()
-    assert engine.check_resume() and not engine.check_wake()
+    assert engine.check_resume()
     engine.slept()
-    for step in (engine.check_resume, engine.check_wake):
-        with pytest.raises(TurnError, match="none were loaded since"):
-            step()
+    with pytest.raises(TurnError, match="none were loaded since"):
+        engine.check_resume()
     engine.loaded()  # without memory for it, nothing was
     assert engine.stay is Stay.ASLEEP
     engine.mapped()
     with pytest.raises(TurnError):
-        engine.check_wake()
+        engine.check_resume()
     engine.loaded()
-    assert not engine.check_resume() and engine.check_wake(), "a publish does not resume it: the learner is still there"
+    assert not engine.check_resume(), "a publish does not resume it: the learner is still there"
     engine.slept()  # a learner that begins anew
     with pytest.raises(TurnError):
-        engine.check_wake()
+        engine.check_resume()
     engine.mapped(), engine.loaded(), engine.woke()
     assert engine.awake and engine.check_resume()
 

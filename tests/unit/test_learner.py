@@ -23,7 +23,7 @@ from agents.learning.model import ModelError, PolicyModel, load_model
 from agents.learning.packing import pack
 from agents.learning.scorer import ReferenceScorer
 from agents.learning.stopwatch import Stopwatch
-from agents.learning.weights import stack_experts
+from agents.learning.weights import Stacked
 from tests.learning_tools import random_samples, save_tiny, tiny_qwen3
 from tests.reference_loop import reference_optimizer, reference_step
 
@@ -318,11 +318,11 @@ def test_experts_are_stacked_when_asked_for_and_a_checkpoint_of_them_goes_on(tmp
     tiny_experts("qwen3_moe").save_pretrained(str(tmp_path / "m"))
     learner = Learner(load_model(tmp_path / "m"), SMALL)
     learner.step(random_samples(4))
-    stacked, held = stack_experts(dict(learner.weights())), dict(learner.model.hf.named_parameters())
+    stacked, held = Stacked(dict(learner.weights())), dict(learner.model.hf.named_parameters())
     assert stacked.keys() == held.keys() and len(stacked) == len(held) and "no such name" not in stacked
     for name, weight in held.items():
         assert stacked.shape(name) == tuple(weight.shape) and torch.equal(stacked[name], weight)
-    assert stack_experts({n: w.to("meta") for n, w in learner.weights()}).shape(name) == stacked.shape(name)
+    assert Stacked({n: w.to("meta") for n, w in learner.weights()}).shape(name) == stacked.shape(name)
     save_checkpoint(tmp_path / "c", learner)
     resumed = Learner(load_model(tmp_path / "m"), SMALL)
     load_checkpoint(tmp_path / "c", resumed)

@@ -27,7 +27,7 @@ from agents.learning.learner import Learner
 from agents.learning.logprobs import token_logprobs
 from agents.learning.model import ModelError, PolicyModel, attention_name
 from agents.learning.packing import dummy, pack
-from agents.learning.weights import open_weights, stack_experts
+from agents.learning.weights import Stacked, open_weights
 from tests.learning_tools import ppo_learner, random_samples, rewarded, save_tiny, tiny_qwen3
 
 SMALL = LearnerConfig(max_tokens_per_microbatch=100, adam_eps=1e-5)
@@ -327,7 +327,7 @@ def test_blocks_of_stacked_experts_are_those_of_the_whole(tmp_path: Path) -> Non
     save_file(named, tmp_path / "model.safetensors")
     rng = np.random.default_rng(0)
     with ExitStack() as stack:
-        both = (stack_experts(named), open_weights(tmp_path, stack))
+        both = (Stacked(named), open_weights(tmp_path, stack))
         for name in both[0]:
             whole = both[0][name]
             assert both[1].shape(name) == tuple(whole.shape) and torch.equal(both[1][name], whole)

@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 
 from agents.types import Version
 from cluster.errors import UserError
+from cluster.fleet_config import FleetConfig
+from cluster.learner import CALL_S, _ask, call_s, patient
 from cluster.membership import EpochGuard, Member, Membership, Place, StaleEpoch, choose
-from cluster.publishing import Facts, Peer, Publishing
+from cluster.publishing import Facts, Peer, Publishing, deadlines
+from cluster.vllm.engine import EngineConfig
 from cluster.vllm.segment import Manifest, SegmentError
 from cluster.vllm.transfer import Deadlines, Phase
+from cluster.watchdog import WatchConfig
 
 A, B, C = Member("a", 1), Member("b", 2), Member("c", 4)
 
@@ -156,3 +160,51 @@ async def test_a_fleet_that_comes_back_knows_that_an_engine_cannot_see_the_segme
         and (result.failed_phase, result.serving) == (Phase.STAGE, "old")
         and landed == [["bytes"], []]
     )
+
+
+async def test_once_a_broadcast_was_begun_nobody_samples_from_the_checkpoint_it_was_started_with(
+    tmp_path: Path,
+) -> None:
+    """Of a run that goes on that is a policy of long ago. A fleet that comes back knows it too."""
+
+    class Engine:
+        def __getattr__(self, method: str) -> Any:
+            async def call(*_: Any) -> None:
+                raise RuntimeError("it has died")
+
+            return call
+
+    async def land(*_: Any) -> dict[str, Any]:
+        raise SegmentError("nothing came")
+
+    peers = {"a": Peer(Engine(), Facts(Place("a")), land)}  # type: ignore[arg-type]
+    state = tmp_path / "published.json"
+    first, again = (Publishing("gloo", 1, Deadlines(), Version(1, 7).label, state) for _ in range(2))
+    assert await first.bring("a", peers["a"]) is None and not again.restore(), (
+        "there is nothing else before a learner came"
+    )
+    met = first.meet("learner", Place("a"), peers)
+    assert not (await first.broadcast("t", met.epoch, Version(1, 7).label, {}, {}, peers)).ok
+    for one in (first, again):
+        assert one is first or one.restore()
+        result = await one.bring("b", peers["a"])
+        assert result is not None and (result.ok, result.serving, result.failed_phase) == (False, "old", Phase.INIT)
+
+
+@pytest.mark.parametrize("limit_s", [120.0, 300.0, 900.0])
+def test_nobody_gives_a_publish_up_that_is_within_its_deadlines(
+    limit_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = FleetConfig(publish_deadline_s=limit_s)
+    whole_s = sum(deadlines(fleet).of(phase) for phase in Phase)
+    asked_s = call_s(fleet, EngineConfig(model=""))
+    assert whole_s > 4 * limit_s and asked_s > 2 * whole_s > CALL_S, "another engine may be brought the weights before"
+    watched = patient(WatchConfig(), fleet)
+    assert watched.learner_s > whole_s and watched.learner_s >= WatchConfig().learner_s
+    assert patient(WatchConfig(learner_s=1e6), fleet).learner_s == 1e6
+    turn_s = 3600.0 + limit_s  # a learner's turn waits until engines are up, and then asleep
+    assert call_s(fleet, EngineConfig(model="", start_timeout_s=3600.0)) > turn_s
+    seen: list[float] = []
+    monkeypatch.setattr("ray.get", lambda _, timeout: seen.append(timeout))
+    _ask("a publish", asked_s), _ask("a word")
+    assert seen == [asked_s, CALL_S]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from cluster import placement
+from cluster.actors import Actors
 from cluster.config import load_config
 from cluster.nodes import Node
 from cluster.placement import Demand, PlacementConfig, RolePlacement, Seats, demands, lacking, reserve
@@ -116,3 +120,63 @@ def test_seats_are_given_back_when_one_role_finds_none(monkeypatch: pytest.Monke
     ):
         raise AssertionError("it must not begin")
     assert given_back == ["learner", "sampler"]
+
+
+class Cluster:
+    """Placement groups in the order they were asked for; `room` of them have theirs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room, self.groups, self.number = room, list[str](), 0
+        monkeypatch.setattr("ray.util.placement_group", self.ask)
+        monkeypatch.setattr("ray.util.remove_placement_group", self.remove)
+        monkeypatch.setattr("ray.util.placement_group_table", self.table)
+        monkeypatch.setattr(placement, "alive", lambda _: True)
+
+    def ask(self, *_: Any, **__: Any) -> str:
+        self.number += 1
+        self.groups.append(f"group-{self.number}")
+        return self.groups[-1]
+
+    def remove(self, group: str) -> None:
+        self.groups.remove(group)
+
+    def table(self, group: str) -> dict[str, Any]:
+        if group not in self.groups:
+            return {"state": "REMOVED", "bundles_to_node_id": {0: "a"}}
+        there = self.groups.index(group) < self.room
+        return {"state": "CREATED" if there else "PENDING", "bundles_to_node_id": {0: "a" if there else ""}}
+
+
+def test_samplers_that_wait_for_room_never_keep_that_of_a_learner_which_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = Cluster(monkeypatch, room=2)
+    seats, told = Seats(), list[list[Any]]()
+    seats.ask(demand(4, fewest=1, GPU=1))
+    first, learner = "group-1", cluster.ask()
+    answers: list[tuple[Any, int]] = [(None, 1), (learner, 1), (learner, 1), (None, 1), (None, 1)]
+    fleet = SimpleNamespace(grow=SimpleNamespace(remote=lambda found: told.append([s.group for s in found])))
+    run = SimpleNamespace(
+        _config=demo("fleet.num_engines=4"), _seats=seats, _seated=SimpleNamespace(take=lambda: answers.pop(0)),
+        _learner_room=None, fleet=fleet,
+    )  # fmt: skip
+
+    def grow() -> list[str]:
+        return Actors._grow(run)  # type: ignore[arg-type]
+
+    assert grow() == [] and cluster.groups == [first, learner], "the first learner may wait for its room"
+    assert grow() == [] and grow() == [] and told == []
+    assert cluster.groups == [first, learner, "group-3", "group-4", "group-5"], "they wait for room"
+    cluster.remove(learner)  # and Ray gives its room to the next at once
+    (line,) = grow()
+    assert "the learner's room is free: none is asked for 3 samplers that wait" in line
+    assert grow() == [] and cluster.groups == [first] and told == []
+    again = cluster.ask()
+    cluster.room, answers[:] = 3, [(again, 1), (again, 1), (again, 2), (again, 4)]
+    assert grow() == [] and grow() == [] and told == [[first, "group-7"]], (
+        "where the learner has its room, they get what is left"
+    )
+    cluster.room = 9
+    assert grow() == [] and grow() == [] and told[1:] == [[first, "group-7", "group-8", "group-9"]]
+    seats.close()
+    assert cluster.groups == [again]

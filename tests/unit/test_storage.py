@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from cluster import nodecache
 from cluster.config import load_config
 from cluster.errors import UserError
 from cluster.machine import check_storage
-from cluster.mirror import Mirror, newest_checkpoint, newest_name, pull_checkpoint, push_checkpoint
+from cluster.mirror import Mirror, mirrored, newest_checkpoint, newest_name, pull_checkpoint, push_checkpoint
 from cluster.nodecache import Place, at_hand, fingerprint, furnish, put, ship, unpack
 from cluster.nodes import Answer, Node
 from cluster.preflight import check_settings
@@ -88,17 +88,79 @@ def test_an_object_store_gives_back_what_was_put_in(tmp_path: Path) -> None:
         check_storage(f"local://{tmp_path}/file/below")
 
 
-def test_a_file_that_could_not_be_sent_whole_is_not_there(tmp_path: Path) -> None:
-    store = ObjectStore(f"local://{tmp_path}/bucket")
-    store.write("ledger.jsonl", b"whole")
+class Flaky:
+    """A filesystem of which one method fails; `write`: of its streams."""
 
-    def chunks() -> Iterator[bytes]:
-        yield b"half"
+    def __init__(self, real: Any, fails: str) -> None:
+        self.real, self.fails = real, fails
+
+    def __getattr__(self, method: str) -> Any:
+        return self._fail if method == self.fails else getattr(self.real, method)
+
+    def _fail(self, *_: Any, **__: Any) -> Any:
         raise OSError("the network went away")
 
-    with pytest.raises(UserError, match="the network went away"):
-        store._copy_in("ledger.jsonl", chunks())
-    assert store.read("ledger.jsonl") is None
+    def open_output_stream(self, path: str) -> Any:
+        if self.fails == "open_output_stream":
+            self._fail()
+        stream = self.real.open_output_stream(path)
+        return Breaking(stream) if self.fails == "write" else stream
+
+
+class Breaking:
+    """A stream of pyarrow's that takes half of what it is given: closing it makes a file of that."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> Breaking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+    def write(self, chunk: bytes) -> None:
+        self.stream.write(chunk[: len(chunk) // 2])
+        raise OSError("the network went away")
+
+
+@pytest.mark.parametrize("scheme", ["local", "memory"])
+@pytest.mark.parametrize("fails", ["open_output_stream", "write", "move"])
+def test_a_file_that_cannot_be_sent_whole_stays_what_it_was(tmp_path: Path, scheme: str, fails: str) -> None:
+    store = ObjectStore(f"{scheme}://{tmp_path}/bucket")
+    store.write("run/ledger.jsonl", b"old")
+    store.write("run/ledger.jsonl", b"whole")
+    folder(tmp_path / "run", **{"ledger.jsonl": "whole and more", "new": "n"})
+    real, store.filesystem = store.filesystem, Flaky(store.filesystem, fails)
+    for attempt in (
+        lambda: store.write("run/ledger.jsonl", b"whole and more"),
+        lambda: store.upload(tmp_path / "run", "run", ["ledger.jsonl"], replacing=True),
+        lambda: store.upload(tmp_path / "run", "run", ["new"], last="new"),
+    ):
+        with pytest.raises(UserError, match="the network went away"):
+            attempt()
+        assert store.read("run/ledger.jsonl") == b"whole" and store.sizes("run") == {"ledger.jsonl": 5}
+    store.filesystem = real
+    store.upload(tmp_path / "run", "run", ["ledger.jsonl", "new"], replacing=True)
+    assert store.read("run/ledger.jsonl") == b"whole and more" and store.sizes() == {
+        "run/ledger.jsonl": 14,
+        "run/new": 1,
+    }
+
+
+def test_a_store_that_cannot_move_copies_and_what_others_write_is_not_listed(tmp_path: Path) -> None:
+    store = ObjectStore(f"local://{tmp_path}/bucket")
+    store.filesystem = Flaky(store.filesystem, "move")
+    store.filesystem._fail = no_move
+    store.write("a", b"1")
+    store.write("a", b"22")
+    folder(tmp_path / "bucket", **{".part-b": "half"})
+    assert store.read("a") == b"22" and store.sizes() == {"a": 2}
+    assert {p.name for p in (tmp_path / "bucket").iterdir()} == {"a", ".part-b"}
+
+
+def no_move(*_: str) -> None:
+    raise NotImplementedError("Move of files without a hierarchical namespace")
 
 
 def test_only_a_uri_that_is_no_file_is_an_object_store(tmp_path: Path) -> None:
@@ -292,6 +354,41 @@ def test_a_mirror_copies_what_has_changed(tmp_path: Path) -> None:
     assert (mirror.push(), mirror.push()) == (2, 0)
     folder(tmp_path / "run", a="11", **{".part-c": "half"})
     assert mirror.push() == 1 and ObjectStore(f"local://{tmp_path}/bucket").read("run/a") == b"11"
+
+
+def test_a_file_that_vanishes_while_a_run_is_copied_was_a_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, upload = folder(tmp_path / "run", a="1", draft="2", z="3"), ObjectStore.upload
+
+    def late(store: ObjectStore, *args: Any, **more: Any) -> None:
+        (run / "draft").unlink(missing_ok=True)
+        upload(store, *args, **more)
+
+    monkeypatch.setattr(ObjectStore, "upload", late)
+    mirror = Mirror(run, f"local://{tmp_path}/bucket/run")
+    assert mirror.push() == 2 and mirror.push() == 0
+    assert set(ObjectStore(f"local://{tmp_path}/bucket").sizes("run")) == {"a", "z", "mirror.json"}
+
+
+def test_a_store_that_fails_at_the_end_hides_no_error_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise UserError("cannot write the store: it is full")
+
+    run, uri = folder(tmp_path / "run", a="1"), f"local://{tmp_path}/bucket/run"
+    upload = ObjectStore.upload
+    for error in (ValueError("the run's own"), None):
+        with pytest.raises(ValueError if error else UserError) as caught, mirrored(run, uri):
+            monkeypatch.setattr(ObjectStore, "upload", full)
+            folder(run, a=f"1{error}")
+            if error:
+                raise error
+        assert str(caught.value) == (str(error) if error else "cannot write the store: it is full")
+        monkeypatch.setattr(ObjectStore, "upload", upload)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"gumshoe: cannot write the store: it is full; the copy at {uri} lacks the end of this run"
 
 
 def test_checkpoints_go_up_whole_the_newest_stay_and_the_newest_comes_back(tmp_path: Path) -> None:
