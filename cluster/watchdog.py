@@ -187,10 +187,11 @@ class Watchdog:
                     w.dead, w.answered, w.died = True, False, time.monotonic()
                     yield f"{name} died ({one_line(error)[:120]}); it starts again by itself"
                 return
-            if w.dead or w.told_silent:
-                yield f"{name} answers again" + (f" after {silent_s:.0f} s" if w.told_silent else "")
-            elif w.pid not in (0, pid):  # it was away for less than we looked
-                yield f"{name} died and was started again; it answers again"
+            after = f" after {silent_s:.0f} s" if w.told_silent else ""
+            if not w.dead and w.pid not in (0, pid):  # Ray had started it again before a question failed
+                yield f"{name} died and was started again; it answers again{after}"
+            elif w.dead or w.told_silent:
+                yield f"{name} answers again{after}"
             w.waits, w.pid = (what, since), pid
             w.dead, w.told_silent, w.answered = False, False, True
             yield from self._waiting(name, w)

@@ -78,6 +78,20 @@ def test_one_that_died_and_came_back_between_two_looks_is_told(dog):
     assert lines == ["reward died and was started again; it answers again"]
 
 
+def test_one_that_died_and_came_back_slowly_is_told_too(dog):
+    """Ray kept the question for its successor."""
+    actor = FakeActor()
+    dog.watch("reward", actor)
+    dog.look()
+    dog.look()
+    actor.answer = None
+    dog.look()
+    time.sleep(0.06)
+    assert "has not answered" in dog.look()[0]
+    actor.answer = ("", 0.0, 2)
+    assert dog.look() == ["reward died and was started again; it answers again after 0 s"]
+
+
 def test_one_that_answers_but_waits_too_long_says_for_what(dog):
     actor = FakeActor()
     dog.watch("rollout-0", actor)
