@@ -6,6 +6,7 @@ import gc
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -329,11 +330,12 @@ async def test_memory_is_flat_however_long_the_replay_goes_on(tmp_path: Path) ->
         await batch_of(replay, 0, step)
         await replay.settle(0, step, {"loss": 0.0})
         await replay.rows()
-        if step in (39, 118):
+        if step in (39, 79, 118):
             await replay._ahead[1]  # the next batch is made by another thread: count when it lies there
             gc.collect()
             held.append(Counter(type(thing).__name__ for thing in gc.get_objects()))
-    grown = held[1] - held[0]
     # Abstract classes cache whom they were asked about, each by a weak reference with a callback: the interpreter's, not ours.
     caches = {"ReferenceType", "builtin_function_or_method"}
-    assert sum(count for name, count in grown.items() if name not in caches) < 50, grown.most_common(8)
+    grown = [{n: k for n, k in (b - a).items() if n not in caches} for a, b in pairwise(held)]
+    # One object a step would be 39 in each part of the way; what else this process has collected meanwhile comes once.
+    assert min(sum(part.values()) for part in grown) < 30, grown
